@@ -1,0 +1,20 @@
+"""fp32 PyTorch specification of every op: slow, plain, and what all kernels are tested against. Depends on torch alone."""
+
+from .attention import attention_mass, decode_attention, merge_states
+from .gate import gate_score
+from .hadamard import rotate
+from .quantizer import append_kv, compact_kv, dequantize_kv, quantize_kv
+from .select import select_kv
+
+__all__ = [
+    "append_kv",
+    "attention_mass",
+    "compact_kv",
+    "decode_attention",
+    "dequantize_kv",
+    "gate_score",
+    "merge_states",
+    "quantize_kv",
+    "rotate",
+    "select_kv",
+]

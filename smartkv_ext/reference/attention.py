@@ -1,0 +1,96 @@
+"""fp32 reference of decode_attention, attention_mass and merge_states."""
+
+from __future__ import annotations
+
+import torch
+
+from .layout import PAGE_SIZE, page_layout, page_positions
+from .quantizer import dequantize_kv
+
+
+def _gather_pages(pool: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    return pool[table[: -(-length // PAGE_SIZE)].long()]
+
+
+def decode_attention(
+    q,
+    pools,
+    block_table,
+    cache_seqlens,
+    k_mean,
+    k_window,
+    v_window,
+    window_positions,
+    q_start: int,
+    tier_bits,
+    levels: str,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    return_mass: bool = False,
+):
+    """See smartkv_ext.ops.decode_attention. Plain softmax over the dequantised tokens of each head."""
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, num_tiers, max_pages = block_table.shape[1:]
+    groups = num_heads // num_kv_heads
+    out = torch.zeros(batch, num_heads, q_len, head_dim, device=q.device)
+    lse = torch.full((batch, num_heads, q_len), -torch.inf, device=q.device)
+    mass = torch.zeros(batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE, device=q.device)
+    window_mass = torch.zeros(batch, num_kv_heads, k_window.shape[2], device=q.device)
+    q_positions = torch.arange(q_start, q_start + q_len, device=q.device)
+    for b in range(batch):
+        for h in range(num_kv_heads):
+            keys, values, positions = [k_window[b, h].float()], [v_window[b, h].float()], [window_positions[b]]
+            for t, bits in enumerate(tier_bits):
+                n = int(cache_seqlens[b, h, t])
+                pages = _gather_pages(pools[t], block_table[b, h, t], n)[None, None]
+                k, v = dequantize_kv(
+                    pages, k_mean[b : b + 1, h : h + 1], head_dim, bits, levels, q.dtype if bits == 16 else torch.float32
+                )
+                layout = page_layout(bits, head_dim, q.element_size())
+                keys.append(k[0, 0, :n].float())
+                values.append(v[0, 0, :n].float())
+                positions.append(page_positions(pages, layout).flatten()[:n])
+            key, value, position = torch.cat(keys), torch.cat(values), torch.cat(positions)
+            allowed = (position[None] >= 0) & (position[None] <= q_positions[:, None])
+            if sliding_window > 0:
+                allowed &= position[None] > q_positions[:, None] - sliding_window
+            heads = slice(h * groups, (h + 1) * groups)
+            # A zero weight must not let a NaN through: unwritten window slots may hold anything.
+            value = torch.where(allowed.any(0)[:, None], value, 0.0)
+            scores = (q[b, heads].float() @ key.T * softmax_scale).masked_fill(~allowed, -torch.inf)
+            row_lse = scores.logsumexp(-1)
+            probs = torch.exp(scores - row_lse.clamp(min=torch.finfo(torch.float32).min)[..., None])
+            out[b, heads], lse[b, heads] = probs @ value, row_lse
+            received = probs.sum((0, 1))
+            w = k_window.shape[2]
+            window_mass[b, h] = received[:w]
+            for t in range(num_tiers):
+                n = int(cache_seqlens[b, h, t])
+                mass[b, h, t, :n] = received[w : w + n]
+                w += n
+    if not return_mass:
+        mass, window_mass = mass.new_zeros(0), window_mass.new_zeros(0)
+    return out.to(q.dtype), lse, mass, window_mass
+
+
+def attention_mass(q, k, k_positions, q_start: int, softmax_scale: float, sliding_window: int = 0, lse=None):
+    """See smartkv_ext.ops.attention_mass."""
+    groups = q.shape[1] // k.shape[1]
+    q_positions = torch.arange(q_start, q_start + q.shape[2], device=q.device)
+    position = k_positions[:, None, None, :]
+    allowed = (position >= 0) & (position <= q_positions[:, None])
+    if sliding_window > 0:
+        allowed &= position > q_positions[:, None] - sliding_window
+    scores = q.float() @ k.float().repeat_interleave(groups, 1).transpose(-1, -2) * softmax_scale
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    lse = scores.logsumexp(-1) if lse is None else lse
+    probs = torch.exp(scores - lse.clamp(min=torch.finfo(torch.float32).min)[..., None])
+    return probs.sum(2).unflatten(1, (k.shape[1], groups)).sum(2)
+
+
+def merge_states(o, lse):
+    """See smartkv_ext.ops.merge_states."""
+    merged = lse.logsumexp(0)
+    weight = torch.exp(lse - merged.clamp(min=torch.finfo(torch.float32).min))
+    o = torch.where(weight[..., None] > 0, o.float() * weight[..., None], 0.0)
+    return o.sum(0).to(o.dtype), merged

@@ -1,0 +1,18 @@
+"""fp32 reference of gate_score."""
+
+from __future__ import annotations
+
+import torch
+
+
+def gate_score(keys, weights, biases):
+    """See smartkv_ext.ops.gate_score. ReLU between the layers, none after the last."""
+    out = []
+    for layer, key in enumerate(keys):
+        x = key.float()  # (batch, num_kv_heads, kv_len, head_dim)
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            x = torch.einsum("bhnd,hod->bhno", x, weight[layer].float()) + bias[layer].float()[:, None, :]
+            if i + 1 < len(weights):
+                x = x.relu()
+        out.append(x[..., 0])
+    return torch.stack(out)

@@ -1,0 +1,195 @@
+"""fp32 reference of quantize_kv, dequantize_kv, append_kv and compact_kv.
+
+Encoding of a vector x (key minus the head's mean key, or value): y = H x, code = nearest level of y / scale0, then the
+least-squares scale for those codes, stored as float16. Nothing is shared between records: each can be moved or demoted alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .hadamard import rotate
+from .layout import PAGE_SIZE, PageLayout, pack_codes, page_layout, page_positions, page_scores, unpack_codes
+from .levels import gaussian_unit, level_table
+
+FP16_MAX = 65504.0
+
+
+def encode(y: torch.Tensor, bits: int, levels: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated vectors y (..., head_dim) float32 -> codes (..., head_dim) int32, scale (...,) float16."""
+    table = level_table(bits, levels).to(y.device)
+    if bits == 8:
+        scale = y.abs().amax(-1) / 127
+    elif levels == "uniform":
+        scale = y.abs().amax(-1) / (2**bits - 1)
+    else:
+        scale = y.square().mean(-1).sqrt() * gaussian_unit(bits)
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    x = y * inverse[..., None]
+    if bits == 8:
+        codes = torch.round(x).clamp(-127, 127).int() + 128
+    else:
+        codes = torch.bucketize(x, (table[1:] + table[:-1]) / 2).int()  # midpoints strictly below x
+        if levels == "gaussian":
+            level = table[codes.long()]
+            scale = (y * level).sum(-1) / level.square().sum(-1)
+    return codes, scale.clamp(max=FP16_MAX).half()
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor, bits: int, levels: str) -> torch.Tensor:
+    """Rotated vectors (..., head_dim) float32."""
+    return level_table(bits, levels).to(codes.device)[codes.long()] * scale.float()[..., None]
+
+
+def _rotated_kv(k: torch.Tensor, v: torch.Tensor, k_mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotate(k.float() - k_mean.float()[..., None, :]), rotate(v)
+
+
+def _write(pages: torch.Tensor, layout: PageLayout, slot: int, record: dict[str, torch.Tensor]) -> None:
+    """Write one record into slot of one page (page_bytes,). k and v are raw values, or codes with their scales."""
+    for kind, start in (("k", layout.k_codes), ("v", layout.v_codes)):
+        size = layout.v_codes
+        section = pages[start : start + size]
+        if layout.bits == 16:
+            values = record[kind]
+            section.view(values.dtype).view(PAGE_SIZE, -1)[slot] = values
+            continue
+        codes = unpack_codes(section, layout.bits, layout.head_dim, kind)
+        codes[slot] = record[kind]
+        section.copy_(pack_codes(codes, layout.bits, kind))
+        offset = layout.k_scale if kind == "k" else layout.v_scale
+        pages[offset : offset + 2 * PAGE_SIZE].view(torch.float16)[slot] = record[kind + "_scale"]
+    page_positions(pages, layout)[slot] = record["position"]
+    page_scores(pages, layout)[slot] = record["score"].to(torch.bfloat16)
+
+
+def _read(pages: torch.Tensor, layout: PageLayout, slot: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Inverse of _write."""
+    record = {"position": page_positions(pages, layout)[slot].clone(), "score": page_scores(pages, layout)[slot].clone()}
+    for kind, start in (("k", layout.k_codes), ("v", layout.v_codes)):
+        section = pages[start : start + layout.v_codes]
+        if layout.bits == 16:
+            record[kind] = section.view(dtype).view(PAGE_SIZE, -1)[slot].clone()
+            continue
+        record[kind] = unpack_codes(section, layout.bits, layout.head_dim, kind)[slot]
+        offset = layout.k_scale if kind == "k" else layout.v_scale
+        record[kind + "_scale"] = pages[offset : offset + 2 * PAGE_SIZE].view(torch.float16)[slot].clone()
+    return record
+
+
+def _record(k, v, k_mean, position, score, bits: int, levels: str) -> dict[str, torch.Tensor]:
+    """Encode one token (head_dim,) for a tier."""
+    record = {"k": k, "v": v, "position": position, "score": score}
+    if bits < 16:
+        ky, vy = _rotated_kv(k[None], v[None], k_mean)
+        record["k"], record["k_scale"] = (x[0] for x in encode(ky, bits, levels))
+        record["v"], record["v_scale"] = (x[0] for x in encode(vy, bits, levels))
+    return record
+
+
+def quantize_kv(k, v, k_mean, positions, scores, bits: int, levels: str) -> torch.Tensor:
+    """See smartkv_ext.ops.quantize_kv."""
+    batch, heads, kv_len, head_dim = k.shape
+    layout = page_layout(bits, head_dim, k.element_size())
+    num_pages = -(-kv_len // PAGE_SIZE)
+    pad = num_pages * PAGE_SIZE - kv_len
+    pages = torch.zeros(batch, heads, num_pages, layout.page_bytes, dtype=torch.uint8, device=k.device)
+    paged = lambda x, value=0: torch.nn.functional.pad(  # noqa: E731
+        x, (*(0, 0) * (x.dim() - 3), 0, pad), value=value
+    ).unflatten(2, (num_pages, PAGE_SIZE))
+    valid = paged(torch.ones_like(positions, dtype=torch.bool))
+    page_positions(pages, layout).copy_(paged(positions, -1))
+    page_scores(pages, layout).copy_(paged(scores.to(torch.bfloat16)))
+    if bits == 16:
+        pages[..., : layout.v_codes].view(k.dtype).copy_(paged(k).flatten(3))
+        pages[..., layout.v_codes : layout.position].view(v.dtype).copy_(paged(v).flatten(3))
+        return pages
+    for kind, y in zip("kv", _rotated_kv(k, v, k_mean), strict=True):
+        codes, scale = encode(y, bits, levels)
+        start = layout.k_codes if kind == "k" else layout.v_codes
+        codes = paged(codes) * valid[..., None]
+        pages[..., start : start + layout.v_codes] = pack_codes(codes, bits, kind)
+        offset = layout.k_scale if kind == "k" else layout.v_scale
+        pages[..., offset : offset + 2 * PAGE_SIZE].view(torch.float16).copy_(paged(scale))
+    return pages
+
+
+def dequantize_kv(pages, k_mean, head_dim: int, bits: int, levels: str, dtype: torch.dtype):
+    """See smartkv_ext.ops.dequantize_kv."""
+    layout = page_layout(bits, head_dim, dtype.itemsize)
+    if bits == 16:
+        k = pages[..., : layout.v_codes].view(dtype).unflatten(-1, (PAGE_SIZE, head_dim))
+        v = pages[..., layout.v_codes : layout.position].view(dtype).unflatten(-1, (PAGE_SIZE, head_dim))
+        return k.flatten(2, 3).clone(), v.flatten(2, 3).clone()
+    out = []
+    for kind, start, offset in (("k", 0, layout.k_scale), ("v", layout.v_codes, layout.v_scale)):
+        codes = unpack_codes(pages[..., start : start + layout.v_codes], bits, head_dim, kind)
+        scale = pages[..., offset : offset + 2 * PAGE_SIZE].view(torch.float16)
+        out.append(rotate(decode(codes, scale, bits, levels), inverse=True).flatten(2, 3))
+    return (out[0] + k_mean.float()[:, :, None]).to(dtype), out[1].to(dtype)
+
+
+def append_kv(
+    pools, block_table, cache_seqlens, k, v, k_mean, positions, scores, tiers, tier_bits, levels: str
+) -> None:
+    """See smartkv_ext.ops.append_kv."""
+    batch, heads, new, head_dim = k.shape
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(new):
+                t = int(tiers[b, h, i])
+                if t < 0:
+                    continue
+                layout = page_layout(tier_bits[t], head_dim, k.element_size())
+                n = int(cache_seqlens[b, h, t])
+                page = pools[t][int(block_table[b, h, t, n // PAGE_SIZE])]
+                record = _record(
+                    k[b, h, i], v[b, h, i], k_mean[b, h], positions[b, h, i], scores[b, h, i], tier_bits[t], levels
+                )
+                _write(page, layout, n % PAGE_SIZE, record)
+                cache_seqlens[b, h, t] = n + 1
+
+
+def _demote(record, k_mean, bits: int, new_bits: int, levels: str):
+    """Re-encode a record for a lower tier; quantised records stay in the rotated space."""
+    if bits == 16:
+        return _record(record["k"], record["v"], k_mean, record["position"], record["score"], new_bits, levels)
+    out = dict(record)
+    for kind in "kv":
+        y = decode(record[kind], record[kind + "_scale"], bits, levels)
+        out[kind], out[kind + "_scale"] = encode(y, new_bits, levels)
+    return out
+
+
+def compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels: str, dtype) -> None:
+    """See smartkv_ext.ops.compact_kv. Tiers are in ascending bits, so demotions always go to a smaller index."""
+    head_dim = k_mean.shape[-1]
+    layouts = [page_layout(bits, head_dim, dtype.itemsize) for bits in tier_bits]
+    batch, heads, num_tiers, _ = block_table.shape
+    for b in range(batch):
+        for h in range(heads):
+
+            def slot(t, i, b=b, h=h):
+                return pools[t][int(block_table[b, h, t, i // PAGE_SIZE])], layouts[t], i % PAGE_SIZE
+
+            lengths = [int(n) for n in cache_seqlens[b, h]]
+            for t in range(num_tiers):
+                target = targets[b, h, t].tolist()
+                low, high = 0, lengths[t] - 1  # fill the lowest hole with the highest survivor
+                while True:
+                    while low <= high and target[low] == t:
+                        low += 1
+                    while low < high and target[high] != t:
+                        high -= 1
+                    if low >= high:
+                        break
+                    _write(*slot(t, low), _read(*slot(t, high), dtype))
+                    low, high = low + 1, high - 1
+                n = low
+                for s in range(num_tiers - 1, t, -1):  # then the demoted, from the highest tier down
+                    for i in range(lengths[s]):
+                        if int(targets[b, h, s, i]) == t:
+                            record = _demote(_read(*slot(s, i), dtype), k_mean[b, h], tier_bits[s], tier_bits[t], levels)
+                            _write(*slot(t, n), record)
+                            n += 1
+                cache_seqlens[b, h, t] = n
