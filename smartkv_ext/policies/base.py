@@ -26,10 +26,9 @@ class TokenView:
     values: torch.Tensor  # (batch, num_kv_heads, n, head_dim)
     pre_rope_keys: torch.Tensor | None  # (batch, num_kv_heads, n, head_dim); only if the policy asks for them
     positions: torch.Tensor  # (batch, n) int32 logical index, -1: no token here (padding); its key may be anything
-    queries: torch.Tensor | None  # (batch, num_heads, q_len, head_dim) of this forward, newest last; only at prefill
+    queries: torch.Tensor | None  # (batch, num_heads, q_len, head_dim) the newest queries, oldest first; None unless asked for
+    lse: torch.Tensor | None  # (batch, num_heads, q_len) of those queries over *all* tokens, packed ones too; None: over keys
     q_start: int  # logical index of queries[:, :, 0]
-    window_mass: torch.Tensor | None  # (batch, num_kv_heads, n) attention received from recent decode steps, float32
-    mass_queries: int  # how many queries (per query head) window_mass sums over
     softmax_scale: float
     sliding_window: int  # 0: none
     head_offset: int  # index of the first local KV head in the whole model (tensor parallel)
@@ -43,7 +42,8 @@ class Policy:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for `smartkv policies`
     source: ClassVar[str] = ""  # paper or formula
-    needs_queries: ClassVar[bool] = False  # attention-based: queries at prefill, attention mass while decoding
+    prefill_queries: ClassVar[int] = 0  # attention-based policies: how many of the newest queries a prefill hands over
+    decode_queries: ClassVar[int] = 0  # and how many are remembered while decoding (their bytes count against the budget)
     needs_pre_rope_keys: ClassVar[bool] = False
     evicts: ClassVar[bool] = True  # False: every token is kept, the budget only chooses its bits
     keeps_sinks: ClassVar[bool] = True  # False: the first tokens are ordinary tokens
@@ -52,10 +52,11 @@ class Policy:
         """(batch, num_kv_heads, n) float32. Entries at positions of -1 are ignored."""
         raise NotImplementedError
 
-    def refresh(self, scores: torch.Tensor, mass: torch.Tensor | None, mass_queries: int) -> torch.Tensor:
-        """New scores of records that are already packed; ``mass`` is the attention they received since the last call.
+    def refresh(self, scores: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+        """New scores of records that are already packed; called only if the policy asks for queries.
 
-        scores, mass: any equal shape, float32. Default: scores never change.
+        scores, mass: (batch, num_kv_heads, num_records) float32; mass is the attention that the records received from the
+        newest ``num_queries`` queries, summed over them and over the query group. Default: scores never change.
         """
-        del mass, mass_queries
+        del mass, num_queries
         return scores
