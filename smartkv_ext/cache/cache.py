@@ -1,0 +1,126 @@
+"""SmartKVCache: the object a user passes to generate() as past_key_values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from smartkv_ext.policies import Policy
+from smartkv_ext.quant import Budget
+from smartkv_ext.reference.layout import BITS
+
+from . import serialize
+from .compress import compress
+from .config import CacheConfig, ModelGeometry
+from .layer import SmartKVLayer
+from .report import CacheReport, report
+
+
+class SmartKVCache(Cache):
+    """A key-value cache that keeps within a byte budget, for models patched with ``smartkv_ext.patch``.
+
+    Args:
+        config: the model's config (``model.config``).
+        budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the tokens seen so
+            far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the highest tier.
+        policy: name or instance of a policy (``smartkv_ext.policies``): which tokens matter.
+        tiers: bit widths that packed tokens may have, of 2, 3, 4, 8 and 16; 16 is the model's own dtype.
+        sinks: first tokens of each sequence, never packed.
+        window: newest tokens, never packed. It shrinks where it would take more than half of the budget.
+        scope: "head": every KV head decides for itself; "layer": a token lives or dies in all heads of a layer;
+            "global": in all layers.
+        levels: "gaussian" (Lloyd-Max codebook) or "uniform" reconstruction levels at 2, 3 and 4 bits.
+        mean_shift: subtract each head's mean key before quantising (exact, and needed by models with key biases).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is accepted.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        budget: float | str | None | Budget = 0.125,
+        policy: str | Policy = "keydiff",
+        tiers: Sequence[int] = BITS,
+        sinks: int = 4,
+        window: int = 128,
+        scope: str = "head",
+        levels: str = "gaussian",
+        mean_shift: bool = True,
+    ) -> None:
+        self.smartkv_config = CacheConfig.create(
+            ModelGeometry.from_config(config), budget=budget, policy=policy, tiers=tiers, sinks=sinks, window=window,
+            scope=scope, levels=levels, mean_shift=mean_shift,
+        )  # fmt: skip
+        super().__init__(
+            layers=[SmartKVLayer(self.smartkv_config, i) for i in range(self.smartkv_config.geometry.num_layers)]
+        )
+
+    # -- transformers protocol -------------------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding: nothing is lost until crop() commits."""
+        for layer in self.layers:
+            layer.activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search: row i continues old row beam_idx[i]."""
+        for layer in self.layers:
+            layer.index_select(beam_idx)
+
+    def crop(self, max_length: int) -> None:
+        """Remove the -max_length newest tokens, or keep the first max_length; 0 commits what was recorded."""
+        for layer in self.layers:
+            layer.crop(max_length)
+        self._pack_if_due(force_recorded=True)
+
+    # -- compression -----------------------------------------------------------------------------------------------
+
+    def after_attention(self, layer_idx: int, softmax_scale: float) -> None:
+        """Called by the attention function when a layer has appended and attended: pack what is due."""
+        layer = self.layers[layer_idx]
+        layer.softmax_scale = softmax_scale
+        if self.smartkv_config.scope != "global":
+            if layer.is_due():
+                compress([layer], softmax_scale)
+        elif layer_idx == len(self.layers) - 1:
+            self._pack_if_due()
+
+    def _pack_if_due(self, force_recorded: bool = False) -> None:
+        due = [
+            layer
+            for layer in self.layers
+            if layer.is_initialized and (force_recorded or not layer.recording) and layer.window.used >= layer.capacity
+        ]
+        if not due:
+            return
+        if self.smartkv_config.scope == "global":
+            compress(due, due[0].softmax_scale)
+        else:
+            for layer in due:
+                compress([layer], layer.softmax_scale)
+
+    def rollback(self, length: int) -> None:
+        """After a failed forward: forget what the layers before the failing one have already taken in."""
+        for layer in self.layers:
+            if layer.seen > length:
+                layer.crop(length - layer.seen)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def report(self) -> CacheReport:
+        """Exact bytes by part, and tokens kept per tier."""
+        return report(self.layers)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state to one safetensors file."""
+        serialize.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, config: Any, device: str | torch.device = "cpu") -> SmartKVCache:
+        """Read what ``save`` wrote, for the same model. Raises ValueError for a foreign, newer or damaged file."""
+        return serialize.load(cls, Path(path), config, device)

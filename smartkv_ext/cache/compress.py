@@ -1,0 +1,218 @@
+"""A token's way from the window into a tier, or out: score, decide, pack. The only place where anything is lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from smartkv_ext import ops
+from smartkv_ext.policies import TokenView
+from smartkv_ext.reference.layout import PAGE_SIZE
+
+from .config import UNLIMITED
+from .layer import SmartKVLayer
+
+EVICT_NEVER = 1e6  # distortion of losing a token under a policy that keeps all: a first page always wins over a better tier
+
+
+@dataclass
+class _Candidates:
+    """Records and leaving tokens of one layer, by position. n = slots of the store + tokens that leave the window."""
+
+    scores: torch.Tensor  # (batch, num_kv_heads, n) float32, -inf: gone (empty slot, padding, out of the sliding window)
+    positions: torch.Tensor  # (batch, num_kv_heads, n) int32
+    current: torch.Tensor  # (batch, num_kv_heads, n) int8, as for ops.select_kv
+    outside: int  # how many of the n are leaving tokens: the last ones
+    sink: torch.Tensor  # (batch, outside) bool
+
+
+def compress(layers: list[SmartKVLayer], softmax_scale: float) -> None:
+    """Pack the tokens that have left the windows of ``layers`` and hold the budget, demoting and evicting as needed.
+
+    With scope "global" the layers must be all layers of the model, at the same length; else any subset.
+    """
+    sizes = [layer.dense_sizes() for layer in layers]
+    candidates = [
+        _collect(layer, window, softmax_scale) for layer, (window, _) in zip(layers, sizes, strict=True)
+    ]
+    scope = layers[0].config.scope
+    if scope == "global":
+        tiers = _decide_shared(layers, candidates, sizes)
+    elif scope == "layer":
+        tiers = [
+            _decide_shared([x], [c], [s])[0] for x, c, s in zip(layers, candidates, sizes, strict=True)
+        ]
+    else:
+        tiers = [_decide_per_head(x, c, s) for x, c, s in zip(layers, candidates, sizes, strict=True)]
+    for layer, found, chosen, size in zip(layers, candidates, tiers, sizes, strict=True):
+        _apply(layer, found, chosen, size)
+
+
+# -- score ---------------------------------------------------------------------------------------------------------
+
+
+def _collect(layer: SmartKVLayer, window: int, softmax_scale: float) -> _Candidates:
+    policy = layer.config.policy
+    outside, sink = layer.window.leaving(window, layer.config.num_sinks)
+    if layer.store.is_empty and layer.config.quant.mean_shift:
+        layer.store.k_mean = _mean_key(layer)
+    positions = layer.window.held_positions()
+    old_scores, old_positions = layer.store.scores(), layer.store.positions()
+    lse = None
+    if policy.prefill_queries and layer.queries is not None and not layer.store.is_empty:
+        _, lse, mass, _ = layer.attend(layer.queries, softmax_scale, return_mass=True)
+        fresh = policy.refresh(old_scores.flatten(2), mass.flatten(2), layer.queries.shape[2])
+        old_scores = torch.where(old_positions >= 0, fresh.view_as(old_scores), -torch.inf)
+        layer.store.write_scores(old_scores)
+    view = TokenView(
+        layer_idx=layer.layer_idx,
+        num_layers=layer.config.geometry.num_layers,
+        keys=layer.window.held("k"),
+        values=layer.window.held("v"),
+        pre_rope_keys=layer.window.held("pre_rope") if policy.needs_pre_rope_keys else None,
+        positions=positions,
+        queries=layer.queries,
+        lse=lse,
+        q_start=layer.seen - (0 if layer.queries is None else layer.queries.shape[2]),
+        softmax_scale=softmax_scale,
+        sliding_window=layer.sliding_window,
+        head_offset=layer.head_offset,
+        state=layer.state,
+    )
+    scores = policy.score(view)[:, :, :outside].float()
+    gone = (positions[:, :outside] < 0) | sink
+    if layer.sliding_window:
+        horizon = layer.seen - layer.sliding_window  # the next query sees positions above this
+        gone = gone | (positions[:, :outside] <= horizon)
+        old_scores = old_scores.masked_fill(old_positions <= horizon, -torch.inf)
+    scores = scores.nan_to_num(nan=-torch.finfo(torch.float32).max).masked_fill(gone[:, None], -torch.inf)
+
+    shape = old_scores.shape
+    tier = torch.arange(shape[2], dtype=torch.int8, device=scores.device)[:, None].expand(shape).flatten(2)
+    fresh = torch.full_like(scores, shape[2], dtype=torch.int8)
+    current = torch.cat([tier, fresh], 2)
+    all_scores = torch.cat([old_scores.flatten(2), scores], 2)
+    return _Candidates(
+        scores=all_scores,
+        positions=torch.cat([old_positions.flatten(2), positions[:, None, :outside].expand_as(scores)], 2),
+        current=torch.where(all_scores == -torch.inf, -1, current).to(torch.int8),
+        outside=outside,
+        sink=sink,
+    )
+
+
+def _mean_key(layer: SmartKVLayer) -> torch.Tensor:
+    """(batch, num_kv_heads, head_dim) mean of all keys seen so far: fixed from the first packing on."""
+    valid = (layer.window.held_positions() >= 0)[:, None, :, None]
+    total = torch.where(valid, layer.window.held("k").float(), 0.0).sum(2)
+    return total / valid.sum(2).clamp(min=1)
+
+
+# -- decide --------------------------------------------------------------------------------------------------------
+
+
+def _record_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
+    """(batch,) int64 bytes per KV head that pages may take: the budget less everything else that the layer holds."""
+    config, store = layer.config, layer.store
+    batch, heads, _, head_dim = layer.window.shape
+    per_row = [config.layer_budget(int(n), batch, heads) for n in layer.row_tokens]
+    itemsize = layer.dtype.itemsize
+    dense = (config.num_sinks + sum(size)) * (heads * head_dim * len(config.buffers) * itemsize + 4)
+    fixed = heads * (head_dim * 4 + 4 * len(config.quant.tiers))  # mean keys and record counts
+    fixed += sum(x.nbytes // batch for x in layer.state.values()) + 8  # and the count of row tokens
+    if config.policy.decode_queries and layer.queries is not None:
+        fixed += config.policy.decode_queries * layer.queries.shape[1] * head_dim * itemsize
+    table = 4 * len(config.quant.tiers)  # block table: at worst every page is of the smallest tier and adds a column
+    smallest = store.layouts[0].page_bytes
+    budgets = []
+    for limit in per_row:
+        room = (limit - dense - fixed) // heads if limit < UNLIMITED else UNLIMITED
+        budgets.append(max(room * smallest // (smallest + table) if room < UNLIMITED else room, 0))
+    return torch.tensor(budgets, dtype=torch.int64, device=layer.device)
+
+
+def _select(layer: SmartKVLayer, scores: torch.Tensor, current: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+    """scores, current (groups, n), budgets (groups,) -> tiers (groups, n); full policies refuse to lose a token."""
+    policy, quant = layer.config.policy, layer.config.quant
+    page_bytes = [x.page_bytes for x in layer.store.layouts]
+    tiers = ops.select_kv(
+        scores[:, None], current[:, None], budgets, page_bytes, quant.distortion, 1.0 if policy.evicts else EVICT_NEVER
+    )[:, 0]
+    if not policy.evicts and bool(((tiers < 0) & (current >= 0)).any()):
+        need = page_bytes[0] * -(-int((current >= 0).sum(-1).max()) // PAGE_SIZE)
+        raise ValueError(
+            f"budget is too small for policy {policy.name!r}, which keeps every token: at {quant.tiers[0]} bits a head "
+            f"of layer {layer.layer_idx} needs {need:,} bytes and may use {int(budgets.min()):,}; "
+            "raise the budget, allow a lower tier, or choose a policy that evicts"
+        )
+    return tiers
+
+
+def _decide_per_head(layer: SmartKVLayer, found: _Candidates, size: tuple[int, int]) -> torch.Tensor:
+    """Every head spends the same bytes on the tokens that it ranks highest."""
+    batch, heads, n = found.scores.shape
+    order = found.positions.argsort(dim=-1, stable=True)  # so that ties go to the newer token
+    budgets = _record_budget(layer, size).repeat_interleave(heads)
+    tiers = _select(
+        layer, found.scores.gather(-1, order).view(-1, n), found.current.gather(-1, order).view(-1, n), budgets
+    )
+    return torch.empty_like(found.current).scatter_(-1, order, tiers.view(batch, heads, n))
+
+
+def _decide_shared(
+    layers: list[SmartKVLayer], found: list[_Candidates], sizes: list[tuple[int, int]]
+) -> list[torch.Tensor]:
+    """One decision for all heads of all ``layers``: a token is as important as its best rank in any of them.
+
+    Scores of different heads are not comparable, ranks are. All heads hold the same records, since all decisions were shared.
+    """
+    rank = None
+    for layer, candidates in zip(layers, found, strict=True):
+        order = candidates.positions.argsort(dim=-1, stable=True)
+        scores = candidates.scores.gather(-1, order)
+        place = scores.argsort(dim=-1, stable=True).argsort(-1).float()
+        place = place.masked_fill(scores == -torch.inf, -torch.inf).amax(1)
+        rank = place if rank is None else torch.maximum(rank, place)
+        budget = _record_budget(layer, sizes[0])
+        budgets = budget if layer is layers[0] else torch.minimum(budgets, budget)
+    out = []
+    for layer, candidates in zip(layers, found, strict=True):
+        order = candidates.positions.argsort(dim=-1, stable=True)
+        current = candidates.current.gather(-1, order)
+        alive = torch.where(current[:, 0] >= 0, rank, -torch.inf)
+        tiers = _select(layer, alive, current[:, 0].contiguous(), budgets)
+        tiers = tiers[:, None].expand_as(candidates.current).contiguous()
+        out.append(torch.empty_like(candidates.current).scatter_(-1, order, tiers))
+    return out
+
+
+# -- pack ----------------------------------------------------------------------------------------------------------
+
+
+def _apply(layer: SmartKVLayer, found: _Candidates, tiers: torch.Tensor, size: tuple[int, int]) -> None:
+    """Carry out the decision, then let the window forget what was packed."""
+    n = tiers.shape[2]
+    slots = n - found.outside
+    old, now = tiers[:, :, :slots], found.current[:, :, :slots]
+    held = layer.store.slot_mask().flatten(2)
+    changed = bool((held & (old != now)).any())
+    new = None
+    if found.outside and bool((tiers[:, :, slots:] >= 0).any()):
+        new = {
+            "k": layer.window.held("k")[:, :, : found.outside],
+            "v": layer.window.held("v")[:, :, : found.outside],
+            "positions": found.positions[:, :, slots:].contiguous(),
+            "scores": found.scores[:, :, slots:].contiguous(),
+            "tiers": tiers[:, :, slots:].contiguous(),
+        }
+    if changed or new:
+        targets = old.reshape(*old.shape[:2], len(layer.store.layouts), -1) if changed else None
+        layer.store.update(targets, new)
+    num_sinks = layer.config.num_sinks
+    layer.capacity = num_sinks + sum(size)
+    if found.outside:
+        layer.window.drop(found.outside, found.sink, num_sinks, layer.capacity)
+    if layer.queries is not None:
+        keep = layer.config.policy.decode_queries
+        layer.queries = layer.queries[:, :, -keep:].clone() if keep else None

@@ -1,0 +1,143 @@
+"""What a cache was asked to do, and how bytes are shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from smartkv_ext.policies import Policy, get_policy
+from smartkv_ext.quant import Budget, QuantSpec, parse_budget
+from smartkv_ext.reference.layout import HEAD_DIMS, PAGE_SIZE
+
+SCOPES = ("head", "layer", "global")
+MIN_WINDOW = 16  # newest tokens that are never packed, however small the budget
+MIN_BLOCK = 8  # fewest tokens packed at a time
+MAX_BLOCK = PAGE_SIZE
+DENSE_SHARE = 0.5  # of the byte budget that sinks and window may take before the window shrinks
+UNLIMITED = 2**62
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """The facts of a model that decide a cache's shape."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int | None
+    sliding_windows: tuple[int, ...] = field(default=())  # per layer, 0: full attention
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelGeometry:
+        """Read a transformers config (the text part of a multimodal one)."""
+        config = config.get_text_config(decoder=True)
+        num_layers = config.num_hidden_layers
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if head_dim not in HEAD_DIMS:
+            raise ValueError(f"config.head_dim must be one of {', '.join(map(str, HEAD_DIMS))}; got {head_dim}")
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None)
+        if types is None:  # Mistral: no layer_types, and all layers slide when a window is set
+            types = ["full_attention" if window is None else "sliding_attention"] * num_layers
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise ValueError(f"config.layer_types may hold full_attention and sliding_attention; got {sorted(unknown)}")
+        return cls(
+            num_layers=num_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=head_dim,
+            max_positions=getattr(config, "max_position_embeddings", None),
+            sliding_windows=tuple((window or 0) if t == "sliding_attention" else 0 for t in types),
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Checked arguments of SmartKVCache."""
+
+    budget: Budget
+    policy: Policy
+    quant: QuantSpec
+    num_sinks: int
+    window: int
+    scope: str
+    geometry: ModelGeometry
+
+    @classmethod
+    def create(
+        cls, geometry: ModelGeometry, *, budget: float | str | None | Budget, policy: str | Policy, tiers: Sequence[int],
+        sinks: int, window: int, scope: str, levels: str, mean_shift: bool,
+    ) -> CacheConfig:  # fmt: skip
+        """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
+        for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        policy = get_policy(policy)
+        if scope == "global" and len(set(geometry.sliding_windows)) > 1:
+            raise ValueError("scope must be head or layer for a model that mixes full and sliding attention; got 'global'")
+        config = cls(
+            budget=parse_budget(budget),
+            policy=policy,
+            quant=QuantSpec.create(tiers, levels, mean_shift),
+            num_sinks=sinks if policy.keeps_sinks else 0,
+            window=window,
+            scope=scope,
+            geometry=geometry,
+        )
+        config.check_budget(torch.bfloat16.itemsize, batch=1)
+        return config
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the window's buffers."""
+        return ("k", "v", "pre_rope") if self.policy.needs_pre_rope_keys else ("k", "v")
+
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of the full bf16 cache of ``tokens`` tokens, all layers and heads of the whole model."""
+        g = self.geometry
+        return tokens * g.num_layers * g.num_kv_heads * g.head_dim * 2 * torch.bfloat16.itemsize
+
+    def check_budget(self, itemsize: int, batch: int) -> None:
+        """Raise ValueError if the budget can never hold sinks and the smallest window of ``batch`` sequences."""
+        g = self.geometry
+        dense = self.num_sinks + min(self.window, MIN_WINDOW) + MIN_BLOCK
+        per_token = g.num_layers * g.num_kv_heads * g.head_dim * len(self.buffers) * itemsize
+        need = batch * (dense * per_token + g.num_layers * g.num_kv_heads * g.head_dim * 4)
+        limit = self.budget.num_bytes
+        if self.budget.fraction is not None and g.max_positions:
+            limit = self.budget.limit(batch * self.full_bytes(g.max_positions))
+        if limit is not None and limit < need:
+            raise ValueError(
+                f"budget must be at least {need:,} bytes: {self.num_sinks} sinks, {dense - self.num_sinks} recent tokens "
+                f"and the mean keys of {batch} sequence(s) need them; got {limit:,} bytes"
+            )
+
+    def layer_budget(self, tokens: int, batch: int, num_kv_heads: int) -> int:
+        """Bytes that one layer of one sequence may hold: the budget of ``tokens`` tokens split evenly over the layers.
+
+        ``num_kv_heads`` are the local heads: under tensor parallelism every rank holds its share.
+        """
+        limit = self.budget.limit(self.full_bytes(tokens))
+        if limit is None:
+            return UNLIMITED
+        if self.budget.num_bytes is not None:
+            limit //= batch
+        g = self.geometry
+        return limit * num_kv_heads // (g.num_layers * g.num_kv_heads)
+
+    def dense_sizes(self, layer_budget: int, num_kv_heads: int, itemsize: int) -> tuple[int, int]:
+        """(window, block): newest tokens kept dense, and how many more may gather before they are packed.
+
+        The window shrinks, down to MIN_WINDOW, where sinks, window and block would take more than DENSE_SHARE of the bytes.
+        """
+        per_token = num_kv_heads * self.geometry.head_dim * len(self.buffers) * itemsize + 4
+        room = int(DENSE_SHARE * layer_budget) // per_token - self.num_sinks
+        window = min(self.window, max(MIN_WINDOW, room * 2 // 3))
+        return window, min(MAX_BLOCK, max(MIN_BLOCK, window // 2))

@@ -1,0 +1,217 @@
+"""One layer of the cache: a dense window, a paged store, and what the policy must remember."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from smartkv_ext import ops
+
+from .config import CacheConfig
+from .store import PagedStore
+from .window import DenseWindow
+
+
+class SmartKVLayer(CacheLayerMixin):
+    """Implements the layer protocol of transformers; compression itself is in compress.py."""
+
+    is_compileable = False  # generate() must not trace the packing steps; see docs/design/transformers.md
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, config: CacheConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.sliding_window = config.geometry.sliding_windows[layer_idx]
+        self.is_sliding = self.sliding_window > 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.seen = 0  # logical length: every token ever given, padding included
+        self.row_tokens: torch.Tensor | None = None  # (batch,) int64 tokens that are not padding
+        self.window: DenseWindow | None = None
+        self.store: PagedStore | None = None
+        self.state: dict[str, torch.Tensor] = {}  # of the policy
+        self.queries: torch.Tensor | None = None  # newest queries, for policies that ask for them
+        self.head_offset = 0
+        self.capacity = 0
+        self.softmax_scale = 0.0
+        self.recording = False  # lossy steps wait until crop() commits (assisted decoding)
+        self._handed_over = False
+
+    # -- transformers protocol -------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Allocate for the shape, dtype and device of the first keys (batch, num_kv_heads, q_len, head_dim)."""
+        batch, heads, q_len, head_dim = key_states.shape
+        if head_dim != self.config.geometry.head_dim:
+            raise ValueError(f"key_states must have head_dim {self.config.geometry.head_dim}; got {head_dim}")
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.config.check_budget(self.dtype.itemsize, batch)
+        budget = self.config.layer_budget(self.seen + q_len, batch, heads)
+        window, block = self.config.dense_sizes(budget, heads, self.dtype.itemsize)
+        self.capacity = self.config.num_sinks + window + block  # slots in use at which the oldest are packed
+        shape = (batch, heads, self.capacity, head_dim)
+        self.window = DenseWindow(self.config.buffers, shape, self.dtype, self.device)
+        self.store = PagedStore(self.config.quant, batch, heads, head_dim, self.dtype, self.device)
+        self.row_tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.is_initialized = True
+
+    def hand_over(self) -> None:
+        """Called by the patched model just before update(): proof that our attention function will run."""
+        self._handed_over = True
+
+    @torch.compiler.disable  # the first call allocates
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the new keys and values as they are: the attention function owns append, attend and compress."""
+        if not self._handed_over:
+            raise RuntimeError("SmartKVCache needs a patched model: call smartkv_ext.patch(model) first")
+        self._handed_over = False
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        return key_states, value_states
+
+    def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        batch, heads, _, head_dim = self.window.shape
+        expected = (batch, heads, k.shape[2], head_dim)
+        for name, x in (("key_states", k), ("value_states", v)):
+            if x.shape != expected or x.dtype != self.dtype or x.device != self.device:
+                raise ValueError(
+                    f"{name} must be {expected} {self.dtype} on {self.device}, as the cache began; "
+                    f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+                )
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Logical length, never the number of tokens kept: transformers derives positions and masks from it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """(length of the mask, offset): masks are built in logical coordinates."""
+        q_len = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + q_len, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first token."""
+        return self.window.shape[0] if self.window is not None else -1
+
+    max_batch_size = batch_size
+
+    def reset(self) -> None:
+        """Forget everything, memory too."""
+        self._clear()
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding: hold every lossy step until crop() says what is kept."""
+        self.recording = True
+
+    def crop(self, length: int) -> None:
+        """Remove the -length newest tokens (length <= 0), or keep the first ``length`` (older transformers)."""
+        new = length if length > 0 else self.seen + length
+        if not self.is_initialized or new >= self.seen:
+            return
+        if new < 0:
+            raise ValueError(f"crop must leave at least 0 of {self.seen} tokens; got {length}")
+        count = self.seen - new
+        padding = self.window.held_positions()[:, -count:] < 0
+        self.row_tokens -= count - padding.sum(1)
+        self.window.crop(new, count)
+        if not self.store.is_empty:
+            packed = self.store.positions()
+            if bool((packed >= new).any()):
+                tiers = torch.arange(packed.shape[2], dtype=torch.int8, device=self.device)
+                self.store.update(torch.where(packed < new, tiers[:, None], -1).to(torch.int8), None)
+        if self.queries is not None:
+            self.queries = self.queries[:, :, : max(self.queries.shape[2] - (self.seen - new), 0)]
+        self.seen = new
+
+    def index_select(self, index: torch.Tensor) -> None:
+        """Make row i a copy of the old row index[i]."""
+        if not self.is_initialized:
+            return
+        index = index.to(self.device)
+        if torch.equal(index, torch.arange(self.batch_size, device=self.device)):
+            return
+        self.window.index_select(index)
+        self.store.index_select(index)
+        self.row_tokens = self.row_tokens.index_select(0, index)
+        self.state = {name: x.index_select(0, index) for name, x in self.state.items()}
+        if self.queries is not None:
+            self.queries = self.queries.index_select(0, index)
+
+    reorder_cache = index_select
+    batch_select_indices = index_select
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        if self.is_initialized:
+            self.index_select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Not supported: the compressed cache is small enough to stay."""
+        raise NotImplementedError("SmartKVCache does not support offloading")
+
+    prefetch = offload
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, pre_rope: torch.Tensor | None, valid: torch.Tensor | None
+    ) -> None:
+        """Add new tokens to the window.
+
+        k, v and, if the policy needs it, pre_rope (batch, num_kv_heads, q_len, head_dim); valid (batch, q_len) bool or None.
+        """
+        new = {"k": k, "v": v}
+        if self.config.policy.needs_pre_rope_keys:
+            if pre_rope is None:
+                raise RuntimeError(f"policy {self.config.policy.name!r} needs pre-RoPE keys and the model gave none")
+            new["pre_rope"] = pre_rope
+        self.window.append(new, self.seen, valid)
+        self.seen += k.shape[2]
+        self.row_tokens += k.shape[2] if valid is None else valid.sum(1)
+
+    def attend(
+        self, q: torch.Tensor, softmax_scale: float, return_mass: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Attention of the newest q_len queries over everything held; see ops.decode_attention for the results."""
+        window, store = self.window, self.store
+        return ops.decode_attention(
+            q, store.pools, store.block_table, store.cache_seqlens, store.k_mean,
+            window.held("k"), window.held("v"), window.held_positions(),
+            self.seen - q.shape[2], self.config.quant.tiers, self.config.quant.levels, softmax_scale,
+            self.sliding_window, return_mass,
+        )  # fmt: skip
+
+    def remember_queries(self, q: torch.Tensor) -> None:
+        """Keep the newest queries that the policy asked for."""
+        policy = self.config.policy
+        keep = policy.prefill_queries if q.shape[2] > 1 else policy.decode_queries
+        if keep:
+            past = q if self.queries is None else torch.cat([self.queries, q], 2)
+            self.queries = past[:, :, -keep:].clone()
+
+    def is_due(self) -> bool:
+        """True when enough tokens have gathered beyond the window to be packed."""
+        return not self.recording and self.window.used >= self.capacity
+
+    def budget(self) -> int:
+        """Bytes for this layer of a sequence of average length."""
+        tokens = int(self.row_tokens.sum()) // self.batch_size
+        return self.config.layer_budget(tokens, self.batch_size, self.window.shape[1])
+
+    def dense_sizes(self) -> tuple[int, int]:
+        """(window, block) under the present budget; the rows of a batch share them."""
+        return self.config.dense_sizes(self.budget(), self.window.shape[1], self.dtype.itemsize)

@@ -1,0 +1,97 @@
+"""Exact accounting: what the allocators hold, by part."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from smartkv_ext.reference.layout import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from .layer import SmartKVLayer
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Bytes and tokens of a cache. ``parts`` adds up to ``total_bytes``; ``full_bytes`` is the bf16 cache of the same tokens."""
+
+    total_bytes: int
+    full_bytes: int
+    parts: dict[str, int]
+    tokens_seen: int  # longest sequence, padding not counted
+    tokens_per_tier: dict[str, float]  # mean over layers, KV heads and sequences
+    batch_size: int
+
+    @property
+    def ratio(self) -> float:
+        """total_bytes / full_bytes."""
+        return self.total_bytes / self.full_bytes if self.full_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"ratio": self.ratio}
+
+    def __str__(self) -> str:
+        lines = [
+            f"SmartKVCache: {self.total_bytes:,} of {self.full_bytes:,} bytes "
+            f"({100 * self.ratio:.2f} % of the bf16 cache of {self.tokens_seen:,} tokens x {self.batch_size})"
+        ]
+        lines += [f"  {name:<16}{size:>14,}" for name, size in self.parts.items() if size]
+        kept = ", ".join(f"{name}: {count:.1f}" for name, count in self.tokens_per_tier.items() if count)
+        return "\n".join([*lines, f"  tokens per head  {kept}"])
+
+
+def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
+    """Bytes of one layer by part. Adds up to the bytes of its tensors."""
+    window, store = layer.window, layer.store
+    capacity = window.shape[2]
+    per_slot = sum(x.nbytes for x in window.buffers.values()) // max(capacity, 1)
+    parts = {
+        "window": per_slot * (capacity - window.sink_slots) + window.positions.nbytes,
+        "sinks": per_slot * window.sink_slots,
+        "codes": 0,
+        "scales": 0,
+        "positions": 0,
+        "scores": 0,
+        "slack": 0,
+        "block tables": store.block_table.nbytes,
+        "lengths": store.cache_seqlens.nbytes + layer.row_tokens.nbytes,
+        "means": store.k_mean.nbytes,
+        "policy state": sum(x.nbytes for x in layer.state.values()) + (0 if layer.queries is None else layer.queries.nbytes),
+    }
+    records = store.cache_seqlens.sum((0, 1)).tolist()
+    for count, pool, layout in zip(records, store.pools, store.layouts, strict=True):
+        codes = 2 * layout.v_codes // PAGE_SIZE
+        scales = (layout.position - 2 * layout.v_codes) // PAGE_SIZE
+        parts["codes"] += count * codes
+        parts["scales"] += count * scales
+        parts["positions"] += count * 4
+        parts["scores"] += count * 2
+        parts["slack"] += pool.nbytes - count * layout.page_bytes // PAGE_SIZE
+    return parts
+
+
+def report(layers: list[SmartKVLayer]) -> CacheReport:
+    """Report of all layers that hold something."""
+    parts: dict[str, int] = {}
+    active = [layer for layer in layers if layer.is_initialized]
+    if not active:
+        return CacheReport(0, 0, {}, 0, {}, 0)
+    for layer in active:
+        for name, size in layer_parts(layer).items():
+            parts[name] = parts.get(name, 0) + size
+    first = active[0]
+    batch, heads = first.window.shape[:2]
+    head_dim = first.config.geometry.head_dim
+    rows = [int(layer.row_tokens.sum()) for layer in active]
+    full = sum(n * heads * head_dim * 2 * 2 for n in rows)
+    kept: dict[str, float] = {"window": 0.0}
+    share = 1 / (len(active) * batch)
+    for layer in active:
+        kept["window"] += float((layer.window.held_positions() >= 0).sum()) * share
+        counts = layer.store.cache_seqlens.float().mean(1).sum(0)
+        for bits, count in zip(layer.config.quant.tiers, counts.tolist(), strict=True):
+            kept[str(bits)] = kept.get(str(bits), 0.0) + count * share
+    kept["evicted"] = max(sum(rows) * share - sum(kept.values()), 0.0)
+    longest = int(max(layer.row_tokens.max() for layer in active))
+    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch)

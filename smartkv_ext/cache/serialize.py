@@ -1,0 +1,121 @@
+"""A cache on disk: one safetensors file, plain tensors and a JSON header. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from smartkv_ext.policies import get_policy
+from smartkv_ext.quant import Budget, QuantSpec
+from smartkv_ext.reference.layout import PAGE_FORMAT_VERSION
+
+from .config import CacheConfig, ModelGeometry
+from .store import PagedStore
+from .window import DenseWindow
+
+if TYPE_CHECKING:
+    from .cache import SmartKVCache
+    from .layer import SmartKVLayer
+
+FORMAT_VERSION = 1
+_LAYER_FIELDS = ("seen", "head_offset", "capacity", "recording", "softmax_scale")
+
+
+def save(cache: SmartKVCache, path: Path) -> None:
+    """See SmartKVCache.save. The file appears whole or not at all."""
+    config = cache.smartkv_config
+    header = {
+        "format_version": FORMAT_VERSION,
+        "page_format_version": PAGE_FORMAT_VERSION,
+        "geometry": dataclasses.asdict(config.geometry),
+        "budget": dataclasses.asdict(config.budget),
+        "policy": {"name": config.policy.name, **dataclasses.asdict(config.policy)},
+        "quant": dataclasses.asdict(config.quant),
+        "num_sinks": config.num_sinks,
+        "window": config.window,
+        "scope": config.scope,
+        "layers": [_layer_header(layer) for layer in cache.layers],
+    }
+    tensors = {f"{i}.{name}": x for i, layer in enumerate(cache.layers) for name, x in _layer_tensors(layer).items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"smartkv_cache": json.dumps(header)})
+    os.replace(partial, path)
+
+
+def _layer_header(layer: SmartKVLayer) -> dict[str, Any] | None:
+    if not layer.is_initialized:
+        return None
+    fields = {name: getattr(layer, name) for name in _LAYER_FIELDS}
+    return fields | {"used": layer.window.used, "sink_slots": layer.window.sink_slots}
+
+
+def _layer_tensors(layer: SmartKVLayer) -> dict[str, torch.Tensor]:
+    if not layer.is_initialized:
+        return {}
+    tensors = layer.window.tensors() | layer.store.tensors() | {"row_tokens": layer.row_tokens}
+    tensors |= {f"state.{name}": x for name, x in layer.state.items()}
+    return tensors if layer.queries is None else tensors | {"queries": layer.queries}
+
+
+def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.device) -> SmartKVCache:
+    """See SmartKVCache.load."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a file written by SmartKVCache.save; {path} does not exist")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            text = (file.metadata() or {}).get("smartkv_cache")
+            if text is None:
+                raise ValueError(f"{path} was not written by SmartKVCache.save: its header is missing")
+            header = json.loads(text)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    for name, known in (("format_version", FORMAT_VERSION), ("page_format_version", PAGE_FORMAT_VERSION)):
+        if header[name] != known:
+            raise ValueError(f"{path} has {name} {header[name]}; this smartkv_ext reads {known}")
+    geometry = ModelGeometry.from_config(config)
+    saved = header["geometry"] | {"sliding_windows": tuple(header["geometry"]["sliding_windows"])}
+    if ModelGeometry(**saved) != geometry:
+        raise ValueError(f"{path} belongs to another model: it holds {ModelGeometry(**saved)}, config is {geometry}")
+    cache = cls(config)
+    policy = dict(header["policy"])
+    quant = header["quant"] | {"tiers": tuple(header["quant"]["tiers"])}
+    cache.smartkv_config = CacheConfig(
+        budget=Budget(**header["budget"]),
+        policy=get_policy(policy.pop("name"), **policy),
+        quant=QuantSpec(**quant),
+        num_sinks=header["num_sinks"],
+        window=header["window"],
+        scope=header["scope"],
+        geometry=geometry,
+    )
+    for i, (layer, fields) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+        layer.config = cache.smartkv_config
+        if fields is not None:
+            prefix = f"{i}."
+            _restore(layer, fields, {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)})
+    return cache
+
+
+def _restore(layer: SmartKVLayer, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for name in _LAYER_FIELDS:
+        setattr(layer, name, fields[name])
+    k = tensors["window.k"]
+    batch, heads, _, head_dim = k.shape
+    layer.dtype, layer.device = k.dtype, k.device
+    layer.window = DenseWindow(layer.config.buffers, (batch, heads, 0, head_dim), k.dtype, k.device)
+    layer.window.buffers = {name: tensors[f"window.{name}"] for name in layer.config.buffers}
+    layer.window.positions = tensors["window_positions"]
+    layer.window.used, layer.window.sink_slots = fields["used"], fields["sink_slots"]
+    layer.store = PagedStore(layer.config.quant, batch, heads, head_dim, k.dtype, k.device)
+    layer.store.load_tensors(tensors)
+    layer.row_tokens, layer.queries = tensors["row_tokens"], tensors.get("queries")
+    layer.state = {name[6:]: x for name, x in tensors.items() if name.startswith("state.")}
+    layer.is_initialized = True

@@ -1,0 +1,178 @@
+"""The packed part of one layer: pages of records per (sequence, KV head, tier), in one pool per tier."""
+
+from __future__ import annotations
+
+import torch
+
+from smartkv_ext import ops
+from smartkv_ext.quant import QuantSpec
+from smartkv_ext.reference.layout import PAGE_SIZE, PageLayout, page_positions, page_scores
+
+
+def _num_pages(records: torch.Tensor) -> torch.Tensor:
+    return (records + PAGE_SIZE - 1) // PAGE_SIZE
+
+
+class PagedStore:
+    """Owns the pools, the block table and the record counts of a layer. All state is in plain tensors.
+
+    Pools are exactly as large as the pages in use: ``update`` grows them before it writes and trims them after it has
+    evicted, so freed bytes go back to the allocator at once and there is no slack but the unused slots of open pages.
+    """
+
+    def __init__(
+        self, spec: QuantSpec, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.spec, self.dtype = spec, dtype
+        self.layouts: list[PageLayout] = spec.layouts(head_dim, dtype)
+        tiers = len(spec.tiers)
+        self.pools = [torch.empty(0, x.page_bytes, dtype=torch.uint8, device=device) for x in self.layouts]
+        self.block_table = torch.empty(batch, num_kv_heads, tiers, 0, dtype=torch.int32, device=device)
+        self.cache_seqlens = torch.zeros(batch, num_kv_heads, tiers, dtype=torch.int32, device=device)
+        self.k_mean = torch.zeros(batch, num_kv_heads, head_dim, dtype=torch.float32, device=device)
+
+    @property
+    def is_empty(self) -> bool:
+        """True while no record was ever packed (no host synchronisation)."""
+        return self.block_table.shape[3] == 0
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def slot_mask(self) -> torch.Tensor:
+        """(batch, num_kv_heads, num_tiers, max_pages * 64) bool: slots that hold a record."""
+        slots = torch.arange(self.block_table.shape[3] * PAGE_SIZE, device=self.block_table.device)
+        return slots < self.cache_seqlens[..., None]
+
+    def positions(self) -> torch.Tensor:
+        """(batch, num_kv_heads, num_tiers, max_pages * 64) int32, -1 in empty slots."""
+        return self._gather(page_positions).masked_fill_(~self.slot_mask(), -1)
+
+    def scores(self) -> torch.Tensor:
+        """(batch, num_kv_heads, num_tiers, max_pages * 64) float32, -inf in empty slots."""
+        return self._gather(page_scores).float().masked_fill_(~self.slot_mask(), -torch.inf)
+
+    def _gather(self, section) -> torch.Tensor:
+        parts = []
+        for t, (pool, layout) in enumerate(zip(self.pools, self.layouts, strict=True)):
+            view = section(pool, layout)
+            ids = self.block_table[:, :, t].long().clamp(min=0, max=max(len(pool) - 1, 0))
+            shape = (*ids.shape, PAGE_SIZE)
+            parts.append(view[ids] if len(pool) else view.new_zeros(shape))
+        return torch.stack(parts, 2).flatten(3)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values (batch, num_kv_heads, slots, head_dim) and positions (batch, num_kv_heads, slots) of all tiers.
+
+        For tests and reports; empty slots have position -1 and arbitrary values.
+        """
+        keys, values = [], []
+        for t, bits in enumerate(self.spec.tiers):
+            ids = self.block_table[:, :, t].long().clamp(min=0, max=max(len(self.pools[t]) - 1, 0))
+            pool = self.pools[t] if len(self.pools[t]) else self.pools[t].new_zeros(1, self.pools[t].shape[1])
+            stored = self.dtype if bits == 16 else torch.float32
+            k, v = ops.dequantize_kv(pool[ids], self.k_mean, self.k_mean.shape[-1], bits, self.spec.levels, stored)
+            keys.append(k.to(dtype))
+            values.append(v.to(dtype))
+        return torch.cat(keys, 2), torch.cat(values, 2), self.positions().flatten(2)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def write_scores(self, scores: torch.Tensor) -> None:
+        """Replace the scores of all records; scores as returned by ``scores()``."""
+        mask = self.slot_mask()
+        for t, (pool, layout) in enumerate(zip(self.pools, self.layouts, strict=True)):
+            ids = self.block_table[:, :, t].long()
+            slots = ids[..., None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=ids.device)
+            used = mask[:, :, t]
+            view = page_scores(pool, layout)
+            page, slot = slots.flatten(2)[used] // PAGE_SIZE, slots.flatten(2)[used] % PAGE_SIZE
+            view[page, slot] = scores[:, :, t][used].to(torch.bfloat16)
+
+    def update(self, targets: torch.Tensor | None, new: dict[str, torch.Tensor] | None) -> None:
+        """Move, demote and evict the present records, then pack new tokens.
+
+        targets: (batch, num_kv_heads, num_tiers, max_pages * 64) int8, as for ``ops.compact_kv``; None: leave all as is.
+        new: k, v (batch, num_kv_heads, n, head_dim); positions int32, scores float32, tiers int8 (batch, num_kv_heads, n).
+        """
+        tiers = range(len(self.spec.tiers))
+        if targets is None:
+            kept = self.cache_seqlens
+        else:
+            held = torch.where(self.slot_mask(), targets, -1)
+            kept = torch.stack([(held == t).sum((2, 3)) for t in tiers], -1)
+        added = torch.stack([(new["tiers"] == t).sum(2) for t in tiers], -1) if new else 0
+        self._reserve(kept + added)
+        if targets is not None:
+            targets = torch.nn.functional.pad(
+                held, (0, self.block_table.shape[3] * PAGE_SIZE - held.shape[3]), value=-1
+            )
+            ops.compact_kv(
+                self.pools, self.block_table, self.cache_seqlens, targets, self.k_mean,
+                self.spec.tiers, self.spec.levels, self.dtype,
+            )  # fmt: skip
+        if new:
+            ops.append_kv(
+                self.pools, self.block_table, self.cache_seqlens, new["k"], new["v"], self.k_mean,
+                new["positions"], new["scores"], new["tiers"], self.spec.tiers, self.spec.levels,
+            )  # fmt: skip
+        self._trim()
+
+    def _page_mask(self, records: torch.Tensor) -> torch.Tensor:
+        """(..., max_pages) bool: block table entries that ``records`` (...) need."""
+        return torch.arange(self.block_table.shape[3], device=records.device) < _num_pages(records)[..., None]
+
+    def _reserve(self, records: torch.Tensor) -> None:
+        """Add pages so that ``records`` (batch, num_kv_heads, num_tiers) fit beside what is there now."""
+        missing = int(_num_pages(records).max()) - self.block_table.shape[3]
+        if missing > 0:
+            self.block_table = torch.nn.functional.pad(self.block_table, (0, missing), value=-1)
+        wanted = self._page_mask(records) & ~self._page_mask(self.cache_seqlens)
+        for t, pool in enumerate(self.pools):
+            mask = wanted[:, :, t]
+            count = int(mask.sum())
+            if count:
+                ids = torch.arange(len(pool), len(pool) + count, dtype=torch.int32, device=pool.device)
+                self.block_table[:, :, t][mask] = ids
+                grown = torch.zeros(len(pool) + count, pool.shape[1], dtype=torch.uint8, device=pool.device)
+                grown[: len(pool)] = pool
+                self.pools[t] = grown
+
+    def _trim(self) -> None:
+        """Give back pages that no head uses; the block table loses its unused columns."""
+        used = self._page_mask(self.cache_seqlens)
+        self.block_table.masked_fill_(~used, -1)
+        for t, pool in enumerate(self.pools):
+            mask = used[:, :, t]
+            count = int(mask.sum())
+            if count < len(pool):
+                self.pools[t] = pool[self.block_table[:, :, t][mask].long()]
+                self.block_table[:, :, t][mask] = torch.arange(count, dtype=torch.int32, device=pool.device)
+        pages = int(_num_pages(self.cache_seqlens).max())
+        if pages < self.block_table.shape[3]:
+            self.block_table = self.block_table[..., :pages].contiguous()
+
+    # -- batch -----------------------------------------------------------------------------------------------------
+
+    def index_select(self, index: torch.Tensor) -> None:
+        """Make row i a copy of the old row index[i]; rows that nobody takes give their pages back."""
+        self.cache_seqlens = self.cache_seqlens.index_select(0, index)
+        self.k_mean = self.k_mean.index_select(0, index)
+        table = self.block_table.index_select(0, index)
+        used = torch.arange(table.shape[3], device=table.device) < _num_pages(self.cache_seqlens)[..., None]
+        for t, pool in enumerate(self.pools):
+            mask = used[:, :, t]
+            self.pools[t] = pool[table[:, :, t][mask].long()]
+            table[:, :, t][mask] = torch.arange(int(mask.sum()), dtype=torch.int32, device=pool.device)
+        self.block_table = table
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name: what is saved, loaded and counted."""
+        named = {"block_table": self.block_table, "cache_seqlens": self.cache_seqlens, "k_mean": self.k_mean}
+        return named | {f"pages_{bits}": pool for bits, pool in zip(self.spec.tiers, self.pools, strict=True)}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of ``tensors``."""
+        self.block_table, self.cache_seqlens, self.k_mean = (
+            tensors[name] for name in ("block_table", "cache_seqlens", "k_mean")
+        )
+        self.pools = [tensors[f"pages_{bits}"] for bits in self.spec.tiers]

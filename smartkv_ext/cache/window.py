@@ -1,0 +1,102 @@
+"""The dense part of one layer: sinks and the recent window, in the model's dtype, the same tokens for all heads."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+class DenseWindow:
+    """Slots [0, sink_slots) hold the first tokens once they have left the window; then come the newest tokens, in order.
+
+    ``buffers`` are (batch, num_kv_heads, capacity, head_dim) tensors by name: "k", "v" and, for policies that score it,
+    "pre_rope" (the key before its rotation).
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.buffers = {name: torch.empty(shape, dtype=dtype, device=device) for name in names}
+        self.positions = torch.full((shape[0], shape[2]), -1, dtype=torch.int32, device=device)
+        self.used = 0
+        self.sink_slots = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        """(batch, num_kv_heads, capacity, head_dim)."""
+        return self.buffers["k"].shape
+
+    def held(self, name: str) -> torch.Tensor:
+        """View of a buffer's slots in use: (batch, num_kv_heads, used, head_dim)."""
+        return self.buffers[name][:, :, : self.used]
+
+    def held_positions(self) -> torch.Tensor:
+        """View (batch, used) int32: logical index, -1 where the slot holds no token."""
+        return self.positions[:, : self.used]
+
+    def append(self, new: dict[str, torch.Tensor], start: int, valid: torch.Tensor | None) -> None:
+        """Add q_len tokens at positions start, start + 1, ...; ``valid`` (batch, q_len) False marks padding."""
+        q_len = new["k"].shape[2]
+        begin, end = self.used, self.used + q_len
+        if end > self.shape[2]:
+            self._resize(end)
+        for name, buffer in self.buffers.items():
+            buffer[:, :, begin:end] = new[name]
+        if q_len == 1 and valid is None:
+            self.positions[:, begin].fill_(start)
+        else:
+            positions = torch.arange(start, start + q_len, dtype=torch.int32, device=self.positions.device)
+            self.positions[:, begin:end] = positions if valid is None else torch.where(valid, positions, -1)
+        self.used = end
+
+    def _resize(self, capacity: int) -> None:
+        pad = capacity - self.shape[2]
+        for name, buffer in self.buffers.items():
+            grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+            grown[:, :, : self.used] = buffer[:, :, : self.used]
+            self.buffers[name] = grown
+        self.positions = F.pad(self.positions, (0, pad), value=-1)
+
+    def leaving(self, window: int, num_sinks: int) -> tuple[int, torch.Tensor]:
+        """How many of the oldest slots fall out of a window of ``window`` tokens, and which of those are sinks.
+
+        Returns (outside, sink) with sink (batch, outside) bool: the first ``num_sinks`` tokens of each sequence.
+        """
+        outside = max(self.used - window, 0)
+        valid = self.positions[:, :outside] >= 0
+        return outside, valid & (valid.cumsum(1) <= num_sinks)
+
+    def drop(self, outside: int, sink: torch.Tensor, num_sinks: int, capacity: int) -> None:
+        """Forget the oldest ``outside`` slots except the sinks, which move to the front; reallocate to ``capacity``."""
+        order = torch.argsort((~sink).to(torch.int8), dim=1, stable=True)[:, :num_sinks]  # sinks first, oldest first
+        is_sink = sink.gather(1, order)
+        if order.shape[1] < num_sinks:  # fewer slots fell out than there are sinks
+            pad = (0, num_sinks - order.shape[1])
+            order, is_sink = F.pad(order, pad), F.pad(is_sink, pad)
+        kept = num_sinks + self.used - outside
+        capacity = max(capacity, kept)
+        for name, buffer in self.buffers.items():
+            index = order[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+            fresh = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+            fresh[:, :, :num_sinks] = buffer.gather(2, index)
+            fresh[:, :, num_sinks:kept] = buffer[:, :, outside : self.used]
+            self.buffers[name] = fresh
+        positions = self.positions.new_full((self.positions.shape[0], capacity), -1)
+        positions[:, :num_sinks] = torch.where(is_sink, self.positions.gather(1, order), -1)
+        positions[:, num_sinks:kept] = self.positions[:, outside : self.used]
+        self.positions, self.used, self.sink_slots = positions, kept, num_sinks
+
+    def crop(self, length: int, removed: int) -> None:
+        """Forget the ``removed`` newest slots, and whatever else is at positions >= length."""
+        self.used = max(self.used - removed, self.sink_slots)
+        self.positions[:, self.used :] = -1
+        self.positions.masked_fill_(self.positions >= length, -1)
+
+    def index_select(self, index: torch.Tensor) -> None:
+        """Make row i a copy of the old row index[i]."""
+        self.buffers = {name: x.index_select(0, index) for name, x in self.buffers.items()}
+        self.positions = self.positions.index_select(0, index)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name."""
+        return {f"window.{name}": x for name, x in self.buffers.items()} | {"window_positions": self.positions}

@@ -1,0 +1,70 @@
+"""The attention function that transformers calls in every layer of a patched model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from smartkv_ext.cache import SmartKVCache
+
+from .mask import dense_mask
+from .pre_rope import PreRopeKeys
+
+NAME = "smartkv"
+
+
+def smartkv_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    smartkv_cache: SmartKVCache | None = None,
+    smartkv_pre_rope: PreRopeKeys | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (batch, num_heads, q_len, head_dim); key, value (batch, num_kv_heads, kv_len, head_dim) -> (batch, q_len, num_heads,
+    head_dim), None. Attention weights are never returned, as with sdpa.
+
+    Without a SmartKVCache (training, DynamicCache, no cache) this is sdpa.
+    """
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError("generate_batch (continuous batching) is not supported: unpatch the model first")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if smartkv_cache is None:
+        return _sdpa(module, query, key, value, attention_mask, scaling, dropout, sliding_window or 0, **kwargs)
+    return _cached(module, query, key, value, attention_mask, scaling, smartkv_cache, smartkv_pre_rope, **kwargs)
+
+
+def _sdpa(module, query, key, value, padding, scaling, dropout, sliding_window, **kwargs):  # type: ignore[no-untyped-def]
+    if padding is None or padding.dim() == 2:
+        padding = dense_mask(padding, query.shape[2], key.shape[2], sliding_window, query.device)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, padding, dropout=dropout, scaling=scaling, is_causal=padding is None, **kwargs
+    )
+
+
+@torch.compiler.disable  # packing depends on lengths that change every step: traced, each would be a new graph
+def _cached(module, query, key, value, attention_mask, scaling, cache, pre_rope, **kwargs):  # type: ignore[no-untyped-def]
+    layer = cache.layers[module.layer_idx]
+    q_len, start = query.shape[2], layer.seen
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        query, key, value = query.detach(), key.detach(), value.detach()
+    valid = None if attention_mask is None else attention_mask[:, -q_len:]
+    try:
+        layer.append(key, value, None if pre_rope is None else pre_rope.like(key), valid)
+        layer.remember_queries(query)
+        if start == 0 and q_len > 1:
+            out, _ = _sdpa(module, query, key, value, valid, scaling, 0.0, layer.sliding_window, **kwargs)
+        else:
+            out = layer.attend(query, scaling)[0].transpose(1, 2)
+        cache.after_attention(module.layer_idx, scaling)
+    except Exception:
+        cache.rollback(start)  # a failed step leaves the cache as it was
+        raise
+    return out.contiguous(), None

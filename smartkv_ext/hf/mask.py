@@ -1,0 +1,50 @@
+"""Mask function: hand the 2D padding mask through. Causality and windows come from logical positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def smartkv_mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, kv_length: int | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """The (batch, kv_length) bool padding mask, or None where nothing is padded.
+
+    Registered under the attention's own name: without it transformers would pass no mask at all, and left padding would be
+    ignored without a word.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise NotImplementedError(
+            f"attention_mask must be 2D (batch, length) for SmartKV attention; got {attention_mask.dim()}D. "
+            "Custom 4D masks are not supported: use attn_implementation='sdpa' without SmartKVCache"
+        )
+    mask = attention_mask.bool()
+    if kv_length is not None and mask.shape[-1] < kv_length:
+        mask = F.pad(mask, (0, kv_length - mask.shape[-1]), value=True)
+    return mask
+
+
+def dense_mask(
+    padding: torch.Tensor | None, q_len: int, kv_len: int, sliding_window: int, device: torch.device
+) -> torch.Tensor | None:
+    """(batch or 1, 1, q_len, kv_len) bool for sdpa; None where sdpa's own causal mask says the same.
+
+    Every query may see itself, padding included: a row that sees nothing would become NaN, and NaN times zero is NaN in the
+    next layer.
+    """
+    if padding is None and q_len == kv_len and not (0 < sliding_window < kv_len):
+        return None
+    q = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+    k = torch.arange(kv_len, device=device)
+    mask = k <= q
+    if sliding_window > 0:
+        mask &= k > q - sliding_window
+    mask = mask[None, None]
+    if padding is not None:
+        mask = (mask & padding[:, None, None, -kv_len:]) | (k == q)
+    return mask
