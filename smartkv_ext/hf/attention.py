@@ -38,6 +38,13 @@ def smartkv_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if smartkv_cache is None:
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, sliding_window or 0, **kwargs)
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise NotImplementedError("output_attentions must be False with a SmartKVCache: attention weights never exist whole")
+    if attention_mask is not None and attention_mask.dim() != 2:  # transformers hands custom masks through untouched
+        raise NotImplementedError(
+            f"attention_mask must be 2D (batch, length) with a SmartKVCache; got {attention_mask.dim()}D: custom masks are "
+            "supported without a SmartKVCache only"
+        )
     return _cached(module, query, key, value, attention_mask, scaling, smartkv_cache, smartkv_pre_rope, **kwargs)
 
 

@@ -18,11 +18,6 @@ def smartkv_mask(
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2:
-        raise NotImplementedError(
-            f"attention_mask must be 2D (batch, length) for SmartKV attention; got {attention_mask.dim()}D. "
-            "Custom 4D masks are not supported: use attn_implementation='sdpa' without SmartKVCache"
-        )
     mask = attention_mask.bool()
     if kv_length is not None and mask.shape[-1] < kv_length:
         mask = F.pad(mask, (0, kv_length - mask.shape[-1]), value=True)
