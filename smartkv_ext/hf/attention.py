@@ -63,6 +63,8 @@ def _cached(module, query, key, value, attention_mask, scaling, cache, pre_rope,
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         query, key, value = query.detach(), key.detach(), value.detach()
     valid = None if attention_mask is None else attention_mask[:, -q_len:]
+    if key.shape[1] != cache.smartkv_config.geometry.num_kv_heads:
+        layer.head_offset = _first_local_head(module, key.shape[1])
     try:
         layer.append(key, value, None if pre_rope is None else pre_rope.like(key), valid)
         layer.remember_queries(query)
@@ -75,3 +77,9 @@ def _cached(module, query, key, value, attention_mask, scaling, cache, pre_rope,
         cache.rollback(start)  # a failed step leaves the cache as it was
         raise
     return out.contiguous(), None
+
+
+def _first_local_head(module: torch.nn.Module, local_heads: int) -> int:
+    """Index of this rank's first KV head under tensor parallelism: policies that know heads by number need it."""
+    mesh = getattr(module.k_proj.weight, "device_mesh", None)
+    return 0 if mesh is None else mesh.get_local_rank() * local_heads
