@@ -1,0 +1,138 @@
+// One tile of keys as attention sees it: positions, visibility, scales, decoded K and V.
+#pragma once
+
+namespace smartkv::SMARTKV_ISA {
+
+struct Tile {
+  alignas(64) int32_t positions[PAGE_SIZE];  // -1 in slots that hold no token
+  alignas(64) float k_scale[PAGE_SIZE];      // 1 in raw tiles
+  alignas(64) float v_scale[PAGE_SIZE];
+  TileRef ref;
+  int bits;
+  const uint8_t* page;  // of a quantised tile
+  Rows k, v;            // of a raw tile
+  uint64_t visible;     // bit i: some query sees slot i
+  bool all_visible;     // every query sees every slot
+  int32_t first_position;
+};
+
+// Positions that a query sees: [low, high].
+struct Span {
+  int32_t low, high;
+};
+
+SMARTKV_INLINE int32_t clamp_position(int64_t x) {
+  // Headroom of one, so that the comparisons may use low - 1 and high + 1.
+  constexpr int64_t TOP = INT32_MAX - 1;
+  return static_cast<int32_t>(x < 0 ? -1 : x > TOP ? TOP : x);
+}
+
+inline Span span_of_query(const DecodeAttentionParams& p, int64_t query) {
+  const int64_t position = p.q_start + query;
+  const int64_t low = p.sliding_window > 0 ? position - p.sliding_window + 1 : 0;
+  return {clamp_position(low > 0 ? low : 0), clamp_position(position)};
+}
+
+inline void find_visible(const DecodeAttentionParams& p, Tile& tile) {
+  int32_t lowest = INT32_MAX, highest = -1;
+  for (int i = 0; i < PAGE_SIZE; ++i) {
+    const int32_t x = tile.positions[i];
+    lowest = x < lowest ? x : lowest;
+    highest = x > highest ? x : highest;
+  }
+  const Span first = span_of_query(p, 0), last = span_of_query(p, p.q_len - 1);
+  tile.first_position = 0;
+  tile.all_visible = lowest >= last.low && highest <= first.high;
+  tile.visible = tile.all_visible ? ~uint64_t{0} : 0;
+  if (tile.all_visible || highest < first.low || lowest > last.high) return;
+  tile.first_position = INT32_MAX;
+  for (int i = 0; i < PAGE_SIZE; ++i) {
+    const int32_t x = tile.positions[i];
+    if (x < first.low || x > last.high) continue;
+    tile.visible |= uint64_t{1} << i;
+    tile.first_position = x < tile.first_position ? x : tile.first_position;
+  }
+}
+
+inline void load_positions(Tile& tile, const void* positions) {
+  const int count = tile.ref.count;
+  __builtin_memcpy(tile.positions, positions, count * sizeof(int32_t));
+  for (int i = count; i < PAGE_SIZE; ++i) tile.positions[i] = -1;
+}
+
+inline void set_unit_scales(Tile& tile) {
+  for (int i = 0; i < PAGE_SIZE; i += 16) {
+    store(tile.k_scale + i, splat(1.0f));
+    store(tile.v_scale + i, splat(1.0f));
+  }
+}
+
+inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile& tile) {
+  const int64_t b = head / p.cache.num_kv_heads, h = head % p.cache.num_kv_heads;
+  const int64_t first = tile.ref.index * PAGE_SIZE;
+  tile.bits = 16;
+  load_positions(tile, p.window_positions + b * p.window_len + first);
+  const HeadsView &k = p.k_window, &v = p.v_window;
+  tile.k = {row_of(k, b, h, first), k.dtype, k.stride_n * dtype_size(k.dtype), tile.ref.count};
+  if (v.data == nullptr) return;
+  tile.v = {row_of(v, b, h, first), v.dtype, v.stride_n * dtype_size(v.dtype), tile.ref.count};
+}
+
+// Everything but the decoded values. Leaves `visible` 0 where no query sees any slot.
+inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t index, Tile& tile) {
+  const PagedKV& cache = p.cache;
+  tile.ref = tile_at(p, head, index);
+  if (tile.ref.tier == cache.num_tiers) {
+    open_window_tile(p, head, tile);
+    find_visible(p, tile);
+    set_unit_scales(tile);
+    return;
+  }
+  const PageLayout layout =
+      page_layout(cache.tier_bits[tile.ref.tier], cache.head_dim, dtype_size(cache.raw_dtype));
+  const uint8_t* page = slot_of(cache, head, tile.ref.tier, tile.ref.index * PAGE_SIZE).page;
+  tile.bits = layout.bits;
+  tile.page = page;
+  load_positions(tile, page + layout.position);
+  find_visible(p, tile);
+  if (layout.bits == 16) {
+    const char* rows = reinterpret_cast<const char*>(page);
+    const int64_t stride = int64_t{cache.head_dim} * layout.itemsize;
+    tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count};
+    tile.v = {rows + layout.v_codes, cache.raw_dtype, stride, tile.ref.count};
+    set_unit_scales(tile);
+    return;
+  }
+  for (int i = 0; i < PAGE_SIZE; i += 16) {
+    const auto scales = [&](int64_t section) {
+      return load_fp16(reinterpret_cast<const uint16_t*>(page + section) + i);
+    };
+    store(tile.k_scale + i, scales(layout.k_scale));
+    store(tile.v_scale + i, scales(layout.v_scale));
+  }
+}
+
+// Lookups of all tiers, built once per part.
+struct TierLevels {
+  Codebook book[MAX_TIERS];
+
+  explicit TierLevels(const PagedKV& cache) {
+    for (int t = 0; t < cache.num_tiers; ++t) {
+      book[t] = make_codebook(cache.tier_bits[t], cache.levels);
+    }
+  }
+};
+
+inline void decode_tile_k(const Tile& tile, const TierLevels& levels, int head_dim, float* out) {
+  if (tile.bits == 16) return load_transposed(out, tile.k, head_dim);
+  decode_k_tile(out, tile.page, tile.bits, head_dim, Lookup(levels.book[tile.ref.tier].level));
+}
+
+inline void decode_tile_v(const Tile& tile, const TierLevels& levels, int head_dim, float* out) {
+  if (tile.bits == 16) return load_visible(out, tile.v, head_dim, tile.visible);
+  const int64_t v_codes = int64_t{PAGE_SIZE} * record_lanes(tile.bits, head_dim);
+  decode_v_tile(out, tile.page + v_codes, tile.bits, head_dim,
+                Lookup(levels.book[tile.ref.tier].level));
+}
+
+}  // namespace smartkv::SMARTKV_ISA
