@@ -74,7 +74,8 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
             if text is None:
                 raise ValueError(f"{path} was not written by SmartKVCache.save: its header is missing")
             header = json.loads(text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Cloned: kernels want 64-byte alignment, which a mapped file does not promise.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     for name, known in (("format_version", FORMAT_VERSION), ("page_format_version", PAGE_FORMAT_VERSION)):
