@@ -1,0 +1,126 @@
+"""Builds the two compiled modules of smartkv_ext with one ninja file, so that the kernels are compiled once.
+
+* ``_C.abi3.so``: the ops. It links libtorch through its stable ABI only: one binary runs on every torch >= 2.10.
+* ``_core``: a pybind11 module over the torch-free core (build info, CPU features, page layout). pybind11 cannot be
+  built against the limited API, so a wheel of this package is an ordinary per-version wheel; ``_C`` in it is abi3.
+
+SMARTKV_CUDA=auto|1|0: CUDA kernels if nvcc is there | required | never. nvcc is called directly, because torch's
+CUDAExtension refuses to work on a CPU-only torch.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+VERSION = "0.1.0"
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra"
+TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
+NVCC_FLAGS = (
+    "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
+    " -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
+)
+
+
+def find_nvcc():
+    """Path of nvcc, or None for a CPU-only build."""
+    mode = os.environ.get("SMARTKV_CUDA", "auto")
+    if mode not in ("auto", "1", "0"):
+        raise SystemExit(f"SMARTKV_CUDA must be one of auto, 1, 0; got {mode!r}")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    found = shutil.which("nvcc", path=os.pathsep.join([f"{h}/bin" for h in homes if h] + [os.environ["PATH"]]))
+    if mode == "1" and found is None:
+        raise SystemExit("SMARTKV_CUDA=1, but nvcc was not found: set CUDA_HOME or put nvcc on the PATH")
+    return None if mode == "0" else found
+
+
+def torch_dir():
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "smartkv_ext is compiled against torch >= 2.10, which is not importable here.\n"
+            "Install torch first, then run: pip install --no-build-isolation -e ."
+        ) from None
+    return Path(torch.__file__).parent
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja and runs ninja; its dependency files make rebuilds incremental."""
+
+    def run(self):
+        import ninja
+        import pybind11
+        from ninja import ninja_syntax
+
+        # Not build_temp, which pip makes anew for every editable install.
+        build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        with open(build_dir / "build.ninja", "w") as file:
+            self.write_rules(ninja_syntax.Writer(file, width=10**6), pybind11.get_include())
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir], check=True)
+        for extension in self.extensions:
+            target = Path(self.output_of(extension))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(build_dir / target.name, target)
+
+    def output_of(self, extension):
+        path = Path(self.get_ext_fullpath(extension.name))
+        return path.with_name("_C.abi3.so") if extension.name.endswith("._C") else path
+
+    def get_outputs(self):
+        return [str(self.output_of(extension)) for extension in self.extensions]
+
+    def write_rules(self, n, pybind11_include):
+        torch, nvcc = torch_dir(), find_nvcc()
+        python = " ".join(f"-I{path}" for path in self.include_dirs)
+        cxx = os.environ.get("CXX", "g++")
+        defines = {"SMARTKV_VERSION": f'"{VERSION}"', "SMARTKV_CXX_FLAGS": f'"{CXX_FLAGS}"', "SMARTKV_CUDA": int(bool(nvcc))}
+        info = " ".join(f"-D{name}='{value}'" for name, value in defines.items())
+        includes = f"-I{ROOT}/csrc/include -I{ROOT}/csrc/cpu -I{ROOT}/csrc/cuda"
+        # __FILE__ stays relative to the repository, so that no path of the build machine gets into a binary.
+        flags = f"{CXX_FLAGS} {includes} -ffile-prefix-map={ROOT}/= {os.environ.get('CXXFLAGS', '')}"
+        n.rule("cxx", f"{cxx} {flags} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        n.rule("ar", "rm -f $out && ar rcs $out $in")
+        n.rule("link", f"{cxx} -shared -o $out $in $libs")
+        if nvcc:
+            n.rule(
+                "nvcc", f"{nvcc} {NVCC_FLAGS} {includes} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
+            )
+
+        def objects(pattern, rule="cxx", flags=""):
+            built = []
+            for source in sorted(glob(str(ROOT / pattern))):
+                name = os.path.relpath(source, ROOT / "csrc").replace("/", "_") + ".o"
+                built += n.build(name, rule, source, variables={"flags": flags})
+            return built
+
+        core = n.build("libsmartkv_core.a", "ar", objects("csrc/cpu/*.cpp"))
+        torch_flags = f"{TORCH_FLAGS} {python} -isystem {torch}/include"
+        bindings = [o for o in objects("csrc/torch/*.cpp", flags=torch_flags) if nvcc or "_cuda_" not in o]
+        kernels = objects("csrc/cuda/*.cu", "nvcc") if nvcc else []
+        # libtorch.so names libtorch_cuda.so where torch has it: kept although nothing in it is needed by name, it
+        # puts the weak CUDA stream symbol into scope. Where torch is CPU-only the symbol stays null.
+        libs = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu"
+        if nvcc:
+            libs += f" -L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart_static -lpthread -ldl -lrt"
+        n.build("_C.abi3.so", "link", bindings + kernels + core, variables={"libs": libs})
+        module = objects("csrc/pybind/*.cpp", flags=f"{info} {python} -isystem {pybind11_include}")
+        n.build(Path(self.get_ext_fullpath("smartkv_ext._core")).name, "link", module + core)
+
+
+setup(
+    version=VERSION,
+    ext_modules=[
+        Extension("smartkv_ext._C", sorted(glob("csrc/torch/*.cpp")), py_limited_api=True),
+        Extension("smartkv_ext._core", sorted(glob("csrc/pybind/*.cpp"))),
+    ],
+    cmdclass={"build_ext": NinjaBuild},
+)

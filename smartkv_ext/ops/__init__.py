@@ -1,0 +1,31 @@
+"""The compiled ops, typed and documented. Contract: docs/design/ops.md; specification: smartkv_ext.reference.
+
+Shapes name their axes; ``n`` is a number of tokens. A tensor that an op refuses raises RuntimeError (ValueError for
+bits, levels, head_dim and dtypes that are checked here) with the argument's name, what came and what is accepted; no
+argument has been changed then. No op has a gradient. Tensors must be on the CPU, but for merge_states.
+"""
+
+from __future__ import annotations
+
+from ._library import load as _load  # isort: skip  (registers the ops that the modules below refer to)
+from . import _fakes as _fakes
+from .attention import attention_mass, decode_attention, merge_states
+from .info import available_kernel_sets, build_info, cpu_features, kernel_set_name
+from .pages import append_kv, compact_kv, dequantize_kv, quantize_kv
+from .selection import gate_score, select_kv
+
+__all__ = [
+    "append_kv",
+    "attention_mass",
+    "available_kernel_sets",
+    "build_info",
+    "compact_kv",
+    "cpu_features",
+    "decode_attention",
+    "dequantize_kv",
+    "gate_score",
+    "kernel_set_name",
+    "merge_states",
+    "quantize_kv",
+    "select_kv",
+]

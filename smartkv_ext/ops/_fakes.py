@@ -1,0 +1,124 @@
+"""Shapes and dtypes of the ops for FakeTensor: what torch.compile and torch.export need to trace through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smartkv_ext.reference.layout import PAGE_SIZE, page_layout
+
+
+@torch.library.register_fake("smartkv::quantize_kv")
+def _(k: Tensor, v: Tensor, k_mean: Tensor, positions: Tensor, scores: Tensor, bits: int, levels: str) -> Tensor:
+    batch, num_kv_heads, n, head_dim = k.shape
+    num_pages = (n + PAGE_SIZE - 1) // PAGE_SIZE
+    page_bytes = page_layout(bits, int(head_dim), k.element_size()).page_bytes
+    return k.new_empty((batch, num_kv_heads, num_pages, page_bytes), dtype=torch.uint8)
+
+
+@torch.library.register_fake("smartkv::dequantize_kv")
+def _(
+    pages: Tensor, k_mean: Tensor, head_dim: int, bits: int, levels: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    batch, num_kv_heads, num_pages, _ = pages.shape
+    shape = (batch, num_kv_heads, num_pages * PAGE_SIZE, head_dim)
+    return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("smartkv::append_kv")
+def _(
+    pools: Sequence[Tensor],
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_mean: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    tiers: Tensor,
+    tier_bits: Sequence[int],
+    levels: str,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("smartkv::decode_attention")
+def _(
+    q: Tensor,
+    pools: Sequence[Tensor],
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    k_mean: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    window_positions: Tensor,
+    q_start: int,
+    tier_bits: Sequence[int],
+    levels: str,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    return_mass: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, num_kv_heads, num_tiers, max_pages = block_table.shape
+    mass_shape: tuple[int, ...] = (batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE)
+    window_shape: tuple[int, ...] = (batch, num_kv_heads, k_window.shape[2])
+    if not return_mass:
+        mass_shape = window_shape = (0,)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[:-1], dtype=torch.float32),
+        q.new_empty(mass_shape, dtype=torch.float32),
+        q.new_empty(window_shape, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("smartkv::attention_mass")
+def _(
+    q: Tensor,
+    k: Tensor,
+    k_positions: Tensor,
+    q_start: int,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    return k.new_empty(k.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("smartkv::select_kv")
+def _(
+    scores: Tensor,
+    current: Tensor,
+    budgets: Tensor,
+    page_bytes: Sequence[int],
+    distortion: Sequence[float],
+    evict_distortion: float = 1.0,
+    zipf_offset: float = 64.0,
+) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.int8)
+
+
+@torch.library.register_fake("smartkv::compact_kv")
+def _(
+    pools: Sequence[Tensor],
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    targets: Tensor,
+    k_mean: Tensor,
+    tier_bits: Sequence[int],
+    levels: str,
+    dtype: torch.dtype,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("smartkv::merge_states")
+def _(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return o.new_empty(o.shape[1:]), lse.new_empty(lse.shape[1:])
+
+
+@torch.library.register_fake("smartkv::gate_score")
+def _(keys: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return keys[0].new_empty((len(keys), *keys[0].shape[:-1]), dtype=torch.float32)
