@@ -24,7 +24,7 @@ VERSION = "0.1.0"
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra"
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
 NVCC_FLAGS = (
-    "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
+    "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
     " -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
 )
 
@@ -64,12 +64,17 @@ class NinjaBuild(build_ext):
         build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
         with open(build_dir / "build.ninja", "w") as file:
-            self.write_rules(ninja_syntax.Writer(file, width=10**6), pybind11.get_include())
+            self.write_rules(
+                ninja_syntax.Writer(file, width=10**6),
+                f"-isystem {pybind11.get_include()} -ffile-prefix-map={pybind11.get_include()}/=",
+            )
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir], check=True)
         for extension in self.extensions:
             target = Path(self.output_of(extension))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(build_dir / target.name, target)
+            # A new file, not new contents: overwriting a library crashes the processes that have it mapped.
+            shutil.copyfile(build_dir / target.name, target.with_suffix(".new"))
+            target.with_suffix(".new").replace(target)
 
     def output_of(self, extension):
         path = Path(self.get_ext_fullpath(extension.name))
@@ -78,18 +83,23 @@ class NinjaBuild(build_ext):
     def get_outputs(self):
         return [str(self.output_of(extension)) for extension in self.extensions]
 
-    def write_rules(self, n, pybind11_include):
+    def write_rules(self, n, pybind11):
         torch, nvcc = torch_dir(), find_nvcc()
         python = " ".join(f"-I{path}" for path in self.include_dirs)
         cxx = os.environ.get("CXX", "g++")
-        defines = {"SMARTKV_VERSION": f'"{VERSION}"', "SMARTKV_CXX_FLAGS": f'"{CXX_FLAGS}"', "SMARTKV_CUDA": int(bool(nvcc))}
+        defines = {
+            "SMARTKV_VERSION": f'"{VERSION}"',
+            "SMARTKV_CXX_FLAGS": f'"{CXX_FLAGS}"',
+            "SMARTKV_CUDA": int(bool(nvcc)),
+        }
         info = " ".join(f"-D{name}='{value}'" for name, value in defines.items())
         includes = f"-I{ROOT}/csrc/include -I{ROOT}/csrc/cpu -I{ROOT}/csrc/cuda"
         # __FILE__ stays relative to the repository, so that no path of the build machine gets into a binary.
-        flags = f"{CXX_FLAGS} {includes} -ffile-prefix-map={ROOT}/= {os.environ.get('CXXFLAGS', '')}"
+        prefixes = f"-ffile-prefix-map={ROOT}/= -ffile-prefix-map={torch.parent}/="
+        flags = f"{CXX_FLAGS} {includes} {prefixes} {os.environ.get('CXXFLAGS', '')}"
         n.rule("cxx", f"{cxx} {flags} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         n.rule("ar", "rm -f $out && ar rcs $out $in")
-        n.rule("link", f"{cxx} -shared -o $out $in $libs")
+        n.rule("link", f"{cxx} -shared -Wl,--exclude-libs,ALL -o $out $in $libs")
         if nvcc:
             n.rule(
                 "nvcc", f"{nvcc} {NVCC_FLAGS} {includes} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
@@ -97,14 +107,15 @@ class NinjaBuild(build_ext):
 
         def objects(pattern, rule="cxx", flags=""):
             built = []
-            for source in sorted(glob(str(ROOT / pattern))):
+            sources = [s for s in sorted(glob(str(ROOT / pattern))) if nvcc or "/cuda_" not in s]
+            for source in sources:
                 name = os.path.relpath(source, ROOT / "csrc").replace("/", "_") + ".o"
                 built += n.build(name, rule, source, variables={"flags": flags})
             return built
 
         core = n.build("libsmartkv_core.a", "ar", objects("csrc/cpu/*.cpp"))
         torch_flags = f"{TORCH_FLAGS} {python} -isystem {torch}/include"
-        bindings = [o for o in objects("csrc/torch/*.cpp", flags=torch_flags) if nvcc or "_cuda_" not in o]
+        bindings = objects("csrc/torch/*.cpp", flags=torch_flags)
         kernels = objects("csrc/cuda/*.cu", "nvcc") if nvcc else []
         # libtorch.so names libtorch_cuda.so where torch has it: kept although nothing in it is needed by name, it
         # puts the weak CUDA stream symbol into scope. Where torch is CPU-only the symbol stays null.
@@ -112,7 +123,7 @@ class NinjaBuild(build_ext):
         if nvcc:
             libs += f" -L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart_static -lpthread -ldl -lrt"
         n.build("_C.abi3.so", "link", bindings + kernels + core, variables={"libs": libs})
-        module = objects("csrc/pybind/*.cpp", flags=f"{info} {python} -isystem {pybind11_include}")
+        module = objects("csrc/pybind/*.cpp", flags=f"{info} {python} {pybind11}")
         n.build(Path(self.get_ext_fullpath("smartkv_ext._core")).name, "link", module + core)
 
 

@@ -1,5 +1,5 @@
-// select_kv: evict or a tier for each token, under a byte budget (smartkv_ext/reference/select.py, which it equals bit for
-// bit: all arithmetic is in double and in the reference's order).
+// select_kv: evict or a tier for each token, under a byte budget (smartkv_ext/reference/select.py,
+// which it equals bit for bit: all arithmetic is in double and in the reference's order).
 #include "select_kv.h"
 
 #include <algorithm>
@@ -26,8 +26,7 @@ std::vector<Step> upgrade_path(const SelectParams& p) {
   while (true) {
     Step best{-1, 0, 0.0};
     for (int t = tier + 1; t < p.num_tiers; ++t) {
-      const double slope =
-          (error - p.distortion[t]) / static_cast<double>(p.page_bytes[t] - bytes);
+      const double slope = (error - p.distortion[t]) / static_cast<double>(p.page_bytes[t] - bytes);
       if (slope > 0 && (best.tier < 0 || slope > best.slope)) {
         best = {t, p.page_bytes[t] - bytes, slope};
       }

@@ -60,8 +60,7 @@ std::vector<float> level_table(int bits, const std::string& levels) {
   }
   std::vector<float> table;
   for (int code = 0; code < 1 << bits; ++code) {
-    table.push_back(
-        level_of(bits, levels == "uniform" ? Levels::UNIFORM : Levels::GAUSSIAN, code));
+    table.push_back(level_of(bits, levels == "uniform" ? Levels::UNIFORM : Levels::GAUSSIAN, code));
   }
   return table;
 }
@@ -85,7 +84,8 @@ PYBIND11_MODULE(_core, m) {
   m.attr("MAX_TIERS") = smartkv::MAX_TIERS;
   m.attr("BITS") = py::tuple(py::cast(smartkv::as_vector(smartkv::BITS)));
   m.attr("HEAD_DIMS") = py::tuple(py::cast(smartkv::as_vector(smartkv::HEAD_DIMS)));
-  m.def("build_info", &smartkv::build_info, "Version, compiler, flags, and whether CUDA was built.");
+  m.def("build_info", &smartkv::build_info,
+        "Version, compiler, flags, and whether CUDA was built.");
   m.def("cpu_features", &smartkv::cpu_features,
         "Detected instruction set extensions that a kernel set uses.");
   m.def("available_kernel_sets", &smartkv::available_kernel_sets,

@@ -155,9 +155,8 @@ Levels take_levels(StringHandle handle) {
 
 Parallel torch_parallel() {
   const auto run = [](int64_t count, void* context, void (*fn)(void*, int64_t, int64_t)) {
-    torch::stable::parallel_for(0, count, 1, [context, fn](int64_t begin, int64_t end) {
-      fn(context, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, count, 1, [context, fn](int64_t begin, int64_t end) { fn(context, begin, end); });
   };
   return {run, static_cast<int>(torch::stable::get_num_threads())};
 }

@@ -89,10 +89,10 @@ void compact_kv(const std::vector<Tensor>& pools, const Tensor& block_table,
   const PagedInput input = paged_input(pools, block_table, cache_seqlens, k_mean, tier_bits,
                                        level_kind, float_dtype(dtype, "dtype"));
   const PagedKV& cache = input.cache;
-  const Tensor target = dense_input(
-      targets, "targets", ScalarType::Char,
-      {cache.batch, cache.num_kv_heads, cache.num_tiers, cache.max_pages * PAGE_SIZE},
-      "(batch, num_kv_heads, num_tiers, max_pages * 64)");
+  const Tensor target =
+      dense_input(targets, "targets", ScalarType::Char,
+                  {cache.batch, cache.num_kv_heads, cache.num_tiers, cache.max_pages * PAGE_SIZE},
+                  "(batch, num_kv_heads, num_tiers, max_pages * 64)");
   CompactParams params{};
   params.cache = cache;
   params.targets = target.const_data_ptr<int8_t>();

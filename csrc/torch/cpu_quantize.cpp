@@ -22,8 +22,9 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
   params.num_kv_heads = check_int32(sizes[1], "num_kv_heads", 1);
   params.kv_len = check_int32(sizes[2], "n", 0);
   params.head_dim = check_head_dim(sizes[3]);
-  const Tensor mean = dense_input(k_mean, "k_mean", ScalarType::Float,
-                                  {sizes[0], sizes[1], sizes[3]}, "(batch, num_kv_heads, head_dim)");
+  const Tensor mean =
+      dense_input(k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], sizes[3]},
+                  "(batch, num_kv_heads, head_dim)");
   const Tensor position =
       dense_input(positions, "positions", ScalarType::Int, per_token, "(batch, num_kv_heads, n)");
   const Tensor score =
@@ -56,8 +57,9 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_me
                                   {sizes[0], sizes[1], sizes[2], params.page_bytes},
                                   "(batch, num_kv_heads, num_pages, page_bytes of bits, head_dim "
                                   "and dtype)");
-  const Tensor mean = dense_input(k_mean, "k_mean", ScalarType::Float,
-                                  {sizes[0], sizes[1], head_dim}, "(batch, num_kv_heads, head_dim)");
+  const Tensor mean =
+      dense_input(k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], head_dim},
+                  "(batch, num_kv_heads, head_dim)");
   params.batch = check_int32(sizes[0], "batch", 1);
   params.num_kv_heads = check_int32(sizes[1], "num_kv_heads", 1);
   params.num_pages = sizes[2];

@@ -8,9 +8,12 @@
 namespace smartkv::binding {
 namespace {
 
-std::string indexed(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+std::string indexed(const char* name, size_t i) {
+  return std::string(name) + "[" + std::to_string(i) + "]";
+}
 
-// (num_layers, num_kv_heads, out, in) weights whose `in` is the previous layer's `out`, then biases.
+// (num_layers, num_kv_heads, out, in) weights whose `in` is the previous layer's `out`, then
+// biases.
 void fill_linears(GateScoreParams& params, const std::vector<Tensor>& weights,
                   const std::vector<Tensor>& biases, std::vector<Tensor>& owned) {
   const size_t count = weights.size();
@@ -96,14 +99,16 @@ Tensor select_kv(const Tensor& scores, const Tensor& current, const Tensor& budg
   SelectParams params{};
   fill_costs(params, page_bytes, distortion);
   check(std::isfinite(evict_distortion), "evict_distortion must be finite; got ", evict_distortion);
-  check(std::isfinite(zipf_offset) && zipf_offset > 0, "zipf_offset must be finite and above 0; got ",
-        zipf_offset);
+  check(std::isfinite(zipf_offset) && zipf_offset > 0,
+        "zipf_offset must be finite and above 0; got ", zipf_offset);
   check_dim(scores, "scores", 3, "(groups, heads, n)");
   const auto sizes = scores.sizes();
   const Shape shape = {sizes[0], sizes[1], sizes[2]};
   check_int32(sizes[1] * sizes[2], "heads * n", 0);
-  const Tensor score = dense_input(scores, "scores", ScalarType::Float, shape, "(groups, heads, n)");
-  const Tensor present = dense_input(current, "current", ScalarType::Char, shape, "(groups, heads, n)");
+  const Tensor score =
+      dense_input(scores, "scores", ScalarType::Float, shape, "(groups, heads, n)");
+  const Tensor present =
+      dense_input(current, "current", ScalarType::Char, shape, "(groups, heads, n)");
   const Tensor budget = dense_input(budgets, "budgets", ScalarType::Long, {sizes[0]}, "(groups)");
   params.scores = score.const_data_ptr<float>();
   params.current = present.const_data_ptr<int8_t>();
@@ -114,7 +119,8 @@ Tensor select_kv(const Tensor& scores, const Tensor& current, const Tensor& budg
   params.evict_distortion = evict_distortion;
   params.zipf_offset = zipf_offset;
   check_select_values(params);
-  const Tensor tiers = torch::stable::new_empty(scores, {sizes[0], sizes[1], sizes[2]}, ScalarType::Char);
+  const Tensor tiers =
+      torch::stable::new_empty(scores, {sizes[0], sizes[1], sizes[2]}, ScalarType::Char);
   params.tiers = tiers.mutable_data_ptr<int8_t>();
   if (tiers.numel() > 0) cpu_kernels().select_kv(params, torch_parallel());
   return tiers;

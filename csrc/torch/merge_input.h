@@ -27,7 +27,7 @@ inline MergeInput merge_input(const Tensor& o, const Tensor& lse) {
   check(same, "lse must have the shape of o without its last dimension");
   check(sizes[0] >= 1, "num_states of o must be at least 1; got ", sizes[0]);
   params.num_states = sizes[0];
-  params.head_dim = check_int32(sizes[dim - 1], "head_dim", 1);
+  params.head_dim = check_head_dim(sizes[dim - 1]);
   params.rows = lse.numel() / params.num_states;
   const std::vector<int64_t> out_sizes(sizes.begin() + 1, sizes.end());
   const std::vector<int64_t> lse_out_sizes(out_sizes.begin(), out_sizes.end() - 1);

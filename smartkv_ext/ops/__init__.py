@@ -7,7 +7,6 @@ argument has been changed then. No op has a gradient. Tensors must be on the CPU
 
 from __future__ import annotations
 
-from ._library import load as _load  # isort: skip  (registers the ops that the modules below refer to)
 from . import _fakes as _fakes
 from .attention import attention_mass, decode_attention, merge_states
 from .info import available_kernel_sets, build_info, cpu_features, kernel_set_name

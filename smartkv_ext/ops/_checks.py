@@ -1,4 +1,4 @@
-"""The few argument checks that are cheap in Python and deserve a ValueError or TypeError; the bindings check the rest."""
+"""The argument checks that are cheap in Python and deserve a ValueError or TypeError; the bindings check the rest."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from smartkv_ext.reference.layout import PAGE_SIZE, page_layout
 
+from . import _library as _library  # registers the ops
+
 
 @torch.library.register_fake("smartkv::quantize_kv")
 def _(k: Tensor, v: Tensor, k_mean: Tensor, positions: Tensor, scores: Tensor, bits: int, levels: str) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _library as _library  # registers the ops
+
 _decode_attention = torch.ops.smartkv.decode_attention.default
 _attention_mass = torch.ops.smartkv.attention_mass.default
 _merge_states = torch.ops.smartkv.merge_states.default
@@ -110,6 +112,9 @@ def attention_mass(
 def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention results over disjoint sets of keys into the result over their union (flash-decoding's reduction):
     ``lse = logsumexp_s lse_s``, ``o = sum_s exp(lse_s - lse) o_s``.
+
+    The only op with a CUDA kernel so far, in builds that found nvcc. That kernel has been compiled for sm_80 and sm_90
+    and has not yet been run on a GPU.
 
     Args:
         o: (num_states, ..., head_dim), float32, bfloat16 or float16.

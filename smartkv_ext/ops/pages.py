@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _library as _library  # registers the ops
 from ._checks import check_dtype, check_format, check_levels, check_tensor
 
 _quantize_kv = torch.ops.smartkv.quantize_kv.default

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _library as _library  # registers the ops
+
 _select_kv = torch.ops.smartkv.select_kv.default
 _gate_score = torch.ops.smartkv.gate_score.default
 

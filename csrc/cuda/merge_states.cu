@@ -1,0 +1,107 @@
+// merge_states on CUDA: combines attention states over disjoint keys by their log-sum-exp.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "merge_states.h"
+#include "smartkv/layout.h"
+
+namespace smartkv {
+namespace {
+
+constexpr int WARP = 32;
+constexpr int WARPS_PER_BLOCK = 4;
+constexpr int64_t MAX_BLOCKS = 1 << 16;
+constexpr int CHANNELS_PER_LANE = MAX_HEAD_DIM / WARP;
+
+// Kernels
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename scalar_t>
+__device__ scalar_t from_float(float x);
+template <>
+__device__ float from_float(float x) {
+  return x;
+}
+template <>
+__device__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Log-sum-exp over the states of a row, the same in all lanes; -inf where all states are empty.
+__device__ float merged_lse(const MergeStatesParams& p, int64_t row, int lane) {
+  float top = -INFINITY;
+  for (int64_t s = lane; s < p.num_states; s += WARP) top = fmaxf(top, p.lse[s * p.rows + row]);
+  for (int mask = WARP / 2; mask > 0; mask /= 2) {
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, mask));
+  }
+  if (!(top > -INFINITY)) return -INFINITY;
+  float total = 0;
+  for (int64_t s = lane; s < p.num_states; s += WARP) total += expf(p.lse[s * p.rows + row] - top);
+  for (int mask = WARP / 2; mask > 0; mask /= 2) {
+    total += __shfl_xor_sync(0xffffffffu, total, mask);
+  }
+  return top + logf(total);
+}
+
+// A warp per row, a lane per channel; blocks stride over rows. grid_shape: [min(rows / 4, 65536)].
+template <typename scalar_t>
+__global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK) merge_states_kernel(MergeStatesParams p) {
+  const int lane = threadIdx.x % WARP;
+  const scalar_t* __restrict__ o = static_cast<const scalar_t*>(p.o);
+  scalar_t* __restrict__ out = static_cast<scalar_t*>(p.out);
+  const int64_t first = int64_t{blockIdx.x} * WARPS_PER_BLOCK + threadIdx.x / WARP;
+  for (int64_t row = first; row < p.rows; row += int64_t{gridDim.x} * WARPS_PER_BLOCK) {
+    const float merged = merged_lse(p, row, lane);
+    float sum[CHANNELS_PER_LANE] = {};
+    for (int64_t s = 0; s < p.num_states; ++s) {
+      const float lse = p.lse[s * p.rows + row];
+      const float weight = lse > -INFINITY ? expf(lse - merged) : 0.0f;
+      if (!(weight > 0)) continue;  // a state of weight zero may hold NaN
+      const scalar_t* const state = o + (s * p.rows + row) * p.head_dim;
+#pragma unroll
+      for (int i = 0; i < CHANNELS_PER_LANE; ++i) {
+        const int c = i * WARP + lane;
+        if (c < p.head_dim) sum[i] = fmaf(weight, to_float(state[c]), sum[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < CHANNELS_PER_LANE; ++i) {
+      const int c = i * WARP + lane;
+      if (c < p.head_dim) out[row * p.head_dim + c] = from_float<scalar_t>(sum[i]);
+    }
+    if (lane == 0) p.out_lse[row] = merged;
+  }
+}
+
+// Kernel launchers
+
+template <typename scalar_t>
+void launch(const MergeStatesParams& params, cudaStream_t stream) {
+  const int64_t blocks = (params.rows + WARPS_PER_BLOCK - 1) / WARPS_PER_BLOCK;
+  merge_states_kernel<scalar_t>
+      <<<static_cast<unsigned>(std::min(blocks, MAX_BLOCKS)), WARP * WARPS_PER_BLOCK, 0, stream>>>(
+          params);
+}
+
+}  // namespace
+
+const char* merge_states_cuda(const MergeStatesParams& params, void* stream) {
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  if (params.dtype == DType::FLOAT32) launch<float>(params, cuda_stream);
+  if (params.dtype == DType::BFLOAT16) launch<__nv_bfloat16>(params, cuda_stream);
+  if (params.dtype == DType::FLOAT16) launch<__half>(params, cuda_stream);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace smartkv
