@@ -75,14 +75,14 @@ inline bool multiply_queries(const DecodeAttentionParams& p, const Tile& tile, c
   if (span_of_query(p, last).high < tile.first_position) return false;
   const int head_dim = p.cache.head_dim;
   const float* q = tile.bits == 16 ? w.queries.plain : w.queries.rotated;
-  gemm<false>({q + block.begin * head_dim, head_dim, w.k_tile, PAGE_SIZE, w.scores, PAGE_SIZE,
-               head_dim},
-              block.count, PAGE_SIZE);
+  gemm<false>(
+      {q + block.begin * head_dim, head_dim, w.k_tile, PAGE_SIZE, w.scores, PAGE_SIZE, head_dim},
+      block.count, PAGE_SIZE);
   return true;
 }
 
-inline void attend_block(const AttentionRun& run, const Tile& tile, const Workspace& w,
-                         State state, RowBlock block) {
+inline void attend_block(const AttentionRun& run, const Tile& tile, const Workspace& w, State state,
+                         RowBlock block) {
   const DecodeAttentionParams& p = run.p;
   const int head_dim = p.cache.head_dim;
   if (!multiply_queries(p, tile, w, block)) return;
@@ -212,9 +212,8 @@ inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Wo
     if (tile.visible == 0 || out == nullptr) continue;
     alignas(64) float mass[PAGE_SIZE] = {};
     decode_tile_k(tile, run.levels, p.cache.head_dim, w.k_tile);
-    for_row_blocks(num_rows(p), [&](RowBlock block) {
-      add_mass_block(run, piece.head, tile, w, block, mass);
-    });
+    for_row_blocks(num_rows(p),
+                   [&](RowBlock block) { add_mass_block(run, piece.head, tile, w, block, mass); });
     __builtin_memcpy(out, mass, tile.ref.count * sizeof(float));
   }
 }

@@ -21,8 +21,8 @@ int64_t tier_tiles(const DecodeAttentionParams& p, int64_t head, int tier) {
 // Bytes read plus the arithmetic on decoded values, in units of bytes: measured, roughly.
 int64_t tile_cost(const DecodeAttentionParams& p, int tier) {
   const int64_t values = int64_t{2} * PAGE_SIZE * p.cache.head_dim;
-  const int64_t bytes = tier == p.cache.num_tiers ? values * dtype_size(p.k_window.dtype)
-                                                  : p.cache.page_bytes[tier];
+  const int64_t bytes =
+      tier == p.cache.num_tiers ? values * dtype_size(p.k_window.dtype) : p.cache.page_bytes[tier];
   return bytes + values;
 }
 

@@ -100,10 +100,17 @@ inline float encode_8(const Encoder& encoder, const float* y, uint8_t* codes) {
 inline uint16_t encode(const Encoder& encoder, const float* y, Codes& codes) {
   float scale;
   switch (encoder.bits) {
-    case 2: scale = encode_low<2>(encoder, y, codes.at); break;
-    case 3: scale = encode_low<3>(encoder, y, codes.at); break;
-    case 4: scale = encode_low<4>(encoder, y, codes.at); break;
-    default: scale = encode_8(encoder, y, codes.at);
+    case 2:
+      scale = encode_low<2>(encoder, y, codes.at);
+      break;
+    case 3:
+      scale = encode_low<3>(encoder, y, codes.at);
+      break;
+    case 4:
+      scale = encode_low<4>(encoder, y, codes.at);
+      break;
+    default:
+      scale = encode_8(encoder, y, codes.at);
   }
   __builtin_memset(codes.at + encoder.head_dim, 0, sizeof codes.at - encoder.head_dim);
   return to_fp16(scale > 65504.0f ? 65504.0f : scale);

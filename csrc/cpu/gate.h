@@ -33,8 +33,7 @@ inline void score_tile(const GateScoreParams& p, int64_t item, int64_t tile, Gat
   const int64_t layer = item / p.num_kv_heads / p.batch, first = tile * PAGE_SIZE;
   const HeadsView& keys = p.keys[layer];
   const int64_t left = p.kv_len - first;
-  const Rows rows{row_of(keys, b, head, first), keys.dtype,
-                  keys.stride_n * dtype_size(keys.dtype),
+  const Rows rows{row_of(keys, b, head, first), keys.dtype, keys.stride_n * dtype_size(keys.dtype),
                   static_cast<int>(left < PAGE_SIZE ? left : PAGE_SIZE)};
   float *x = scratch.x, *y = scratch.y;
   load_transposed(x, rows, p.sizes[0]);

@@ -28,27 +28,27 @@ inline void gemm_block(const Gemm& g, int64_t row, int64_t column) {
   const float* b = g.b + column;
   float* c = g.c + row * g.ldc + column;
   F sum[ROWS][VECS];
-SMARTKV_UNROLL
+  SMARTKV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-SMARTKV_UNROLL
+    SMARTKV_UNROLL
     for (int v = 0; v < VECS; ++v) {
       sum[r][v] = ACCUMULATE ? load(c + r * g.ldc + 16 * v) : splat(0.0f);
     }
   }
   for (int k = 0; k < g.depth; ++k) {
     F x[VECS];
-SMARTKV_UNROLL
+    SMARTKV_UNROLL
     for (int v = 0; v < VECS; ++v) x[v] = load(b + k * g.ldb + 16 * v);
-SMARTKV_UNROLL
+    SMARTKV_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       const F y = splat(a[r * g.lda + k]);
-SMARTKV_UNROLL
+      SMARTKV_UNROLL
       for (int v = 0; v < VECS; ++v) sum[r][v] = fma(y, x[v], sum[r][v]);
     }
   }
-SMARTKV_UNROLL
+  SMARTKV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-SMARTKV_UNROLL
+    SMARTKV_UNROLL
     for (int v = 0; v < VECS; ++v) store(c + r * g.ldc + 16 * v, sum[r][v]);
   }
 }

@@ -24,9 +24,16 @@
 namespace smartkv::SMARTKV_ISA {
 
 const KernelTable& kernel_table() {
-  static constexpr KernelTable TABLE = {
-      SMARTKV_STRING(SMARTKV_ISA), quantize_kv,    dequantize_kv, append_kv,  compact_kv,
-      decode_attention,            attention_mass, merge_states,  gate_score, select_kv_cpu};
+  static constexpr KernelTable TABLE = {SMARTKV_STRING(SMARTKV_ISA),
+                                        quantize_kv,
+                                        dequantize_kv,
+                                        append_kv,
+                                        compact_kv,
+                                        decode_attention,
+                                        attention_mass,
+                                        merge_states,
+                                        gate_score,
+                                        select_kv_cpu};
   return TABLE;
 }
 

@@ -71,8 +71,7 @@ struct Tiers {
   Encoder encoder[MAX_TIERS];
 
   explicit Tiers(const PagedKV& cache)
-      : layout{},
-        encoder{of(cache, 0), of(cache, 1), of(cache, 2), of(cache, 3), of(cache, 4)} {
+      : layout{}, encoder{of(cache, 0), of(cache, 1), of(cache, 2), of(cache, 3), of(cache, 4)} {
     const int itemsize = dtype_size(cache.raw_dtype);
     for (int t = 0; t < cache.num_tiers; ++t) {
       layout[t] = page_layout(cache.tier_bits[t], cache.head_dim, itemsize);

@@ -48,16 +48,16 @@ template <int HEAD_DIM>
 inline void rotate_fixed(float* x, bool inverse) {
   constexpr int M = paley_order(HEAD_DIM), N = sylvester_order(HEAD_DIM), VECS = HEAD_DIM / 16;
   F y[VECS];
-SMARTKV_UNROLL
+  SMARTKV_UNROLL
   for (int i = 0; i < VECS; ++i) {
     y[i] = butterfly<2>(butterfly<1>(load(x + 16 * i)));
     if constexpr (N >= 8) y[i] = butterfly<4>(y[i]);
     if constexpr (N >= 16) y[i] = butterfly<8>(y[i]);
   }
   if constexpr (N >= 16) {
-SMARTKV_UNROLL
+    SMARTKV_UNROLL
     for (int h = 1; h < VECS; h *= 2) {
-SMARTKV_UNROLL
+      SMARTKV_UNROLL
       for (int i = 0; i < VECS; ++i) {
         if (i & h) continue;
         const F a = y[i], b = y[i + h];
@@ -81,11 +81,16 @@ SMARTKV_UNROLL
 
 inline void rotate(float* x, int head_dim, bool inverse = false) {
   switch (head_dim) {
-    case 64: return rotate_fixed<64>(x, inverse);
-    case 80: return rotate_fixed<80>(x, inverse);
-    case 96: return rotate_fixed<96>(x, inverse);
-    case 128: return rotate_fixed<128>(x, inverse);
-    default: return rotate_fixed<256>(x, inverse);
+    case 64:
+      return rotate_fixed<64>(x, inverse);
+    case 80:
+      return rotate_fixed<80>(x, inverse);
+    case 96:
+      return rotate_fixed<96>(x, inverse);
+    case 128:
+      return rotate_fixed<128>(x, inverse);
+    default:
+      return rotate_fixed<256>(x, inverse);
   }
 }
 

@@ -27,10 +27,10 @@ struct Pair {
   V lo, hi;
 };
 
-#define SMARTKV_PAIR_OP(OP)                                         \
-  template <class V>                                                \
-  SMARTKV_INLINE Pair<V> operator OP(Pair<V> a, Pair<V> b) {        \
-    return {a.lo OP b.lo, a.hi OP b.hi};                            \
+#define SMARTKV_PAIR_OP(OP)                                  \
+  template <class V>                                         \
+  SMARTKV_INLINE Pair<V> operator OP(Pair<V> a, Pair<V> b) { \
+    return {a.lo OP b.lo, a.hi OP b.hi};                     \
   }
 SMARTKV_PAIR_OP(+)
 SMARTKV_PAIR_OP(-)
@@ -57,8 +57,8 @@ typedef v16i I;
 typedef Pair<v8f> F;
 typedef Pair<v8i> I;
 #else
-typedef Pair<Pair<v4f>> F;
-typedef Pair<Pair<v4i>> I;
+typedef Pair<Pair<v4f> > F;
+typedef Pair<Pair<v4i> > I;
 #endif
 
 // Shuffles with lane lists computed at compile time.
@@ -77,18 +77,18 @@ SMARTKV_INLINE Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> lanes
 
 // ---- operations on one native register ----
 
-#define SMARTKV_NATIVE_OPS(VF, VI)                                                      \
-  SMARTKV_INLINE VI gt(VF a, VF b) { return (VI)(a > b); }                              \
-  SMARTKV_INLINE VI gt(VI a, VI b) { return (VI)(a > b); }                              \
-  SMARTKV_INLINE VF select(VI mask, VF a, VF b) { return mask ? a : b; }                \
-  SMARTKV_INLINE VF to_float(VI a) { return __builtin_convertvector(a, VF); }           \
-  SMARTKV_INLINE VF as_float(VI a) { return (VF)a; }                                    \
-  SMARTKV_INLINE VI as_int(VF a) { return (VI)a; }                                      \
+#define SMARTKV_NATIVE_OPS(VF, VI)                                                          \
+  SMARTKV_INLINE VI gt(VF a, VF b) { return (VI)(a > b); }                                  \
+  SMARTKV_INLINE VI gt(VI a, VI b) { return (VI)(a > b); }                                  \
+  SMARTKV_INLINE VF select(VI mask, VF a, VF b) { return mask ? a : b; }                    \
+  SMARTKV_INLINE VF to_float(VI a) { return __builtin_convertvector(a, VF); }               \
+  SMARTKV_INLINE VF as_float(VI a) { return (VF)a; }                                        \
+  SMARTKV_INLINE VI as_int(VF a) { return (VI)a; }                                          \
   SMARTKV_INLINE void load_to(VF& v, const float* p) { __builtin_memcpy(&v, p, sizeof v); } \
-  SMARTKV_INLINE void load_to(VI& v, const void* p) { __builtin_memcpy(&v, p, sizeof v); } \
-  SMARTKV_INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }      \
-  SMARTKV_INLINE void store(int32_t* p, VI v) { __builtin_memcpy(p, &v, sizeof v); }    \
-  SMARTKV_INLINE void splat_to(VF& v, float x) { v = x - VF{}; }                        \
+  SMARTKV_INLINE void load_to(VI& v, const void* p) { __builtin_memcpy(&v, p, sizeof v); }  \
+  SMARTKV_INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }          \
+  SMARTKV_INLINE void store(int32_t* p, VI v) { __builtin_memcpy(p, &v, sizeof v); }        \
+  SMARTKV_INLINE void splat_to(VF& v, float x) { v = x - VF{}; }                            \
   SMARTKV_INLINE void splat_to(VI& v, int32_t x) { v = x - VI{}; }
 
 SMARTKV_NATIVE_OPS(v4f, v4i)
@@ -162,10 +162,10 @@ template <class V>
 SMARTKV_INLINE Pair<V> vmin(Pair<V> a, Pair<V> b) {
   return {vmin(a.lo, b.lo), vmin(a.hi, b.hi)};
 }
-#define SMARTKV_PAIR_MAP(NAME)                                    \
-  template <class V>                                              \
-  SMARTKV_INLINE auto NAME(Pair<V> a) {                           \
-    return Pair<decltype(NAME(a.lo))>{NAME(a.lo), NAME(a.hi)};    \
+#define SMARTKV_PAIR_MAP(NAME)                                 \
+  template <class V>                                           \
+  SMARTKV_INLINE auto NAME(Pair<V> a) {                        \
+    return Pair<decltype(NAME(a.lo))>{NAME(a.lo), NAME(a.hi)}; \
   }
 SMARTKV_PAIR_MAP(to_float)
 SMARTKV_PAIR_MAP(as_float)

@@ -36,8 +36,7 @@ inline void decode_k_3bit(float* out, const uint8_t* codes, int head_dim, const 
     for (int c = 0; c < head_dim; c += 4) {
       const int j = c % low_lanes, k = c % high_lanes;
       const I low = load_words(codes + block * 16 * low_lanes + j * 16) >> (c / low_lanes * 2);
-      const I high =
-          load_words(high_codes + block * 16 * high_lanes + k * 16) >> (c / high_lanes);
+      const I high = load_words(high_codes + block * 16 * high_lanes + k * 16) >> (c / high_lanes);
       SMARTKV_UNROLL
       for (int i = 0; i < 4; ++i) {
         const I code = join_3bit(low >> (8 * i), high >> (8 * i));
@@ -144,20 +143,28 @@ inline void decode_v_8bit(float* out, const uint8_t* codes, int head_dim) {
 inline void decode_k_tile(float* out, const uint8_t* codes, int bits, int head_dim,
                           const Lookup& level) {
   switch (bits) {
-    case 2: return decode_k_plane<2>(out, codes, head_dim, level);
-    case 3: return decode_k_3bit(out, codes, head_dim, level);
-    case 4: return decode_k_plane<4>(out, codes, head_dim, level);
-    default: return decode_k_8bit(out, codes, head_dim);
+    case 2:
+      return decode_k_plane<2>(out, codes, head_dim, level);
+    case 3:
+      return decode_k_3bit(out, codes, head_dim, level);
+    case 4:
+      return decode_k_plane<4>(out, codes, head_dim, level);
+    default:
+      return decode_k_8bit(out, codes, head_dim);
   }
 }
 
 inline void decode_v_tile(float* out, const uint8_t* codes, int bits, int head_dim,
                           const Lookup& level) {
   switch (bits) {
-    case 2: return decode_v_plane<2>(out, codes, head_dim, level);
-    case 3: return decode_v_3bit(out, codes, head_dim, level);
-    case 4: return decode_v_plane<4>(out, codes, head_dim, level);
-    default: return decode_v_8bit(out, codes, head_dim);
+    case 2:
+      return decode_v_plane<2>(out, codes, head_dim, level);
+    case 3:
+      return decode_v_3bit(out, codes, head_dim, level);
+    case 4:
+      return decode_v_plane<4>(out, codes, head_dim, level);
+    default:
+      return decode_v_8bit(out, codes, head_dim);
   }
 }
 

@@ -123,8 +123,9 @@ int main(int argc, char** argv) {
   }
   std::sort(times.begin(), times.end());
   const double median = times[times.size() / 2];
-  std::printf("{\"isa\": \"%s\", \"bits\": %d, \"kv_len\": %d, \"q_len\": %d, \"threads\": %d, "
-              "\"head_dim\": %d, \"mass\": %d, \"us\": %.1f, \"min_us\": %.1f, \"GB/s\": %.2f}\n",
-              kernel_set_name(), bits, kv_len, q_len, num_threads, head_dim, with_mass,
-              median * 1e6, times[0] * 1e6, bytes / median / 1e9);
+  std::printf(
+      "{\"isa\": \"%s\", \"bits\": %d, \"kv_len\": %d, \"q_len\": %d, \"threads\": %d, "
+      "\"head_dim\": %d, \"mass\": %d, \"us\": %.1f, \"min_us\": %.1f, \"GB/s\": %.2f}\n",
+      kernel_set_name(), bits, kv_len, q_len, num_threads, head_dim, with_mass, median * 1e6,
+      times[0] * 1e6, bytes / median / 1e9);
 }

@@ -56,9 +56,7 @@ constexpr int k_lane_offset(int lanes, int s, int j) {
 }
 
 // V: quads of 4 tokens, channels inside.
-constexpr int v_lane_offset(int lanes, int s, int j) {
-  return s / 4 * (4 * lanes) + j * 4 + s % 4;
-}
+constexpr int v_lane_offset(int lanes, int s, int j) { return s / 4 * (4 * lanes) + j * 4 + s % 4; }
 
 // Byte offsets of the sections of one page. k_scale and v_scale are -1 in raw (16-bit) pages.
 struct PageLayout {

@@ -1,0 +1,187 @@
+// Layout, packing, levels, rotation and the small numeric pieces of the generic kernels.
+#include <stdexcept>
+
+#include "kernel_prelude.h"
+#define SMARTKV_ISA portable_under_test
+#include "kernels.h"
+#include "testing.h"
+
+using namespace smartkv;
+using namespace smartkv::portable_under_test;
+
+namespace {
+
+void test_layout() {
+  CHECK(page_layout(4, 128).page_bytes == 64 * (128 + 4 + 4 + 2));
+  CHECK(page_layout(16, 80, 4).page_bytes == 64 * (80 * 8 + 4 + 2));
+  CHECK(plane_lanes(80, 1) == 12 && plane_lanes(80, 2) == 20 && record_lanes(3, 80) == 32);
+  for (int head_dim : HEAD_DIMS) {
+    for (int bits : BITS) {
+      const PageLayout layout = page_layout(bits, head_dim);
+      for (int64_t section : {layout.v_codes, layout.position, layout.score, layout.page_bytes}) {
+        CHECK(section % 64 == 0);
+      }
+      if (bits == 16) continue;
+      const int lanes = record_lanes(bits, head_dim);
+      std::vector<int> k_seen(64 * lanes), v_seen(64 * lanes);
+      for (int s = 0; s < 64; ++s) {
+        for (int j = 0; j < lanes; ++j) {
+          ++k_seen[k_lane_offset(lanes, s, j)];
+          ++v_seen[v_lane_offset(lanes, s, j)];
+        }
+      }
+      for (int n : k_seen) CHECK(n == 1);
+      for (int n : v_seen) CHECK(n == 1);
+    }
+  }
+}
+
+template <bool IS_V>
+void test_packing(int bits, int head_dim) {
+  const int bytes = 64 * record_lanes(bits, head_dim);
+  std::vector<uint8_t> section(bytes + 256, 0xa5);
+  std::vector<Codes> written(64);
+  for (int s = 63; s >= 0; --s) {
+    written[s] = Codes{};
+    for (int c = 0; c < head_dim; ++c) {
+      written[s].at[c] = static_cast<uint8_t>(testing::random_int(0, (1 << bits) - 1));
+    }
+    write_codes<IS_V>(section.data(), s, bits, head_dim, written[s]);
+  }
+  for (int i = bytes; i < bytes + 256; ++i) CHECK(section[i] == 0xa5);
+  const Codebook book = make_codebook(bits, Levels::GAUSSIAN);
+  std::vector<float> storage(tile_floats(head_dim) + 16);
+  float* tile = storage.data();
+  if (IS_V) {
+    decode_v_tile(tile, section.data(), bits, head_dim, Lookup(book.level));
+  } else {
+    decode_k_tile(tile, section.data(), bits, head_dim, Lookup(book.level));
+  }
+  for (int s = 0; s < 64; ++s) {
+    Codes codes;
+    read_codes<IS_V>(section.data(), s, bits, head_dim, codes);
+    for (int c = 0; c < head_dim; ++c) {
+      CHECK(codes.at[c] == written[s].at[c], "bits %d head_dim %d", bits, head_dim);
+      const float level = level_of(bits, Levels::GAUSSIAN, codes.at[c]);
+      CHECK((IS_V ? tile[s * v_stride(head_dim) + c] : tile[c * 64 + s]) == level);
+    }
+  }
+}
+
+void test_levels() {
+  for (Levels levels : {Levels::UNIFORM, Levels::GAUSSIAN}) {
+    for (int bits : {2, 3, 4, 8}) {
+      for (int code = 0; code + 1 < 1 << bits; ++code) {
+        CHECK(level_of(bits, levels, code) < level_of(bits, levels, code + 1));
+      }
+    }
+    const Codebook book = make_codebook(4, levels);
+    CHECK(book.level[15] == -book.level[0] && book.midpoint[7] == 0);
+  }
+  // A value on a midpoint belongs to the lower level: midpoints strictly below count.
+  const Codebook book = make_codebook(3, Levels::GAUSSIAN);
+  const Lookup midpoint(book.midpoint);
+  for (int i = 0; i < 7; ++i) {
+    int32_t codes[16];
+    store(codes, count_midpoints<3>(splat(book.midpoint[i]), midpoint));
+    CHECK(codes[0] == i && codes[15] == i);
+    store(codes, count_midpoints<3>(splat(book.midpoint[i] + 0.25f), midpoint));
+    CHECK(codes[3] == i + 1);
+  }
+}
+
+void test_rotation(int head_dim) {
+  std::vector<std::vector<float>> columns;
+  alignas(64) float x[MAX_HEAD_DIM];
+  for (int i = 0; i < head_dim; ++i) {
+    for (int c = 0; c < head_dim; ++c) x[c] = c == i;
+    rotate(x, head_dim);
+    columns.emplace_back(x, x + head_dim);
+    for (int c = 0; c < head_dim; ++c) {
+      CHECK(std::fabs(std::fabs(x[c]) - rotation_scale(head_dim)) < 1e-7f);
+    }
+    rotate(x, head_dim, true);
+    for (int c = 0; c < head_dim; ++c) CHECK(std::fabs(x[c] - (c == i)) < 1e-6f);
+  }
+  for (int i = 0; i < head_dim; ++i) {
+    for (int j = 0; j < head_dim; ++j) {
+      double dot = 0;
+      for (int c = 0; c < head_dim; ++c) dot += double{columns[i][c]} * columns[j][c];
+      CHECK(std::fabs(dot - (i == j)) < 1e-6, "head_dim %d: columns %d, %d", head_dim, i, j);
+    }
+  }
+}
+
+void test_half() {
+  for (int h = 0; h < 65536; ++h) {
+    const auto half = static_cast<uint16_t>(h);
+    const float x = from_fp16(half);
+    if (std::isnan(x)) continue;
+    CHECK(to_fp16(x) == half, "%x", h);
+    if ((h & 0x7fff) >= 0x7bff) continue;
+    // Between neighbours, ties go to the even one.
+    const float above = from_fp16(static_cast<uint16_t>(h + 1));
+    CHECK(to_fp16((x + above) / 2) == static_cast<uint16_t>(h & 1 ? h + 1 : h), "%x", h);
+  }
+  CHECK(to_fp16(65519.9f) == 0x7bff && to_fp16(65520.0f) == 0x7c00 && to_fp16(1e-9f) == 0);
+  CHECK(to_bf16(1.00390625f) == 0x3f80 && to_bf16(1.01171875f) == 0x3f82);
+}
+
+void test_exp() {
+  for (float at = -86; at < 86; at += 0.37f) {
+    float y[16];
+    store(y, portable_under_test::exp(splat(at)));
+    CHECK(std::fabs(y[5] / std::exp(double{at}) - 1) < 4e-7, "at %g", at);
+  }
+}
+
+void test_gemm() {
+  for (int rows : {1, 2, 3, 4, 5, 9}) {
+    for (int columns : {16, 64, 80, 96}) {
+      const int depth = 37;
+      const std::vector<float> a = testing::normals(rows * depth);
+      const std::vector<float> b = testing::normals(depth * columns);
+      std::vector<float> c(rows * columns, 1.0f);
+      gemm<true>({a.data(), depth, b.data(), columns, c.data(), columns, depth}, rows, columns);
+      for (int i = 0; i < rows * columns; ++i) {
+        double sum = 1;
+        for (int k = 0; k < depth; ++k) {
+          sum += double{a[i / columns * depth + k]} * b[k * columns + i % columns];
+        }
+        CHECK(std::fabs(sum - c[i]) < 1e-4);
+      }
+    }
+  }
+}
+
+void test_dispatch() {
+  const std::vector<std::string> sets = available_kernel_sets();
+  CHECK(!sets.empty() && sets.back() == "portable");
+  for (const std::string& name : sets) CHECK(kernel_set(name).name == name);
+  bool thrown = false;
+  try {
+    kernel_set("avx9000");
+  } catch (const std::runtime_error& error) {
+    thrown = std::string(error.what()).find("avx9000") != std::string::npos;
+  }
+  CHECK(thrown);
+}
+
+}  // namespace
+
+int main() {
+  test_layout();
+  for (int head_dim : HEAD_DIMS) {
+    for (int bits : {2, 3, 4, 8}) {
+      test_packing<false>(bits, head_dim);
+      test_packing<true>(bits, head_dim);
+    }
+    test_rotation(head_dim);
+  }
+  test_levels();
+  test_half();
+  test_exp();
+  test_gemm();
+  test_dispatch();
+  return testing::report("format");
+}
