@@ -1,0 +1,73 @@
+"""Policies that look at the attention that the newest queries pay: snapkv, tova."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from smartkv_ext import ops
+
+from .base import Policy, TokenView
+
+
+def received_attention(view: TokenView, newest: int) -> tuple[torch.Tensor, int]:
+    """Mass (batch, num_kv_heads, n) that the ``newest`` queries pay to each token, summed over query group and queries.
+
+    Also returns how many queries that were.
+    """
+    assert view.queries is not None, "the policy asks for queries, so the cache hands them over"
+    queries = view.queries[:, :, -newest:]
+    q_len = queries.shape[2]
+    lse = None if view.lse is None else view.lse[:, :, -newest:].contiguous()
+    start = view.q_start + view.queries.shape[2] - q_len
+    mass = ops.attention_mass(
+        queries, view.keys, view.positions, start, view.softmax_scale, view.sliding_window, lse
+    )
+    return mass, q_len
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Attention from the last queries, max-pooled along the sequence (Li et al. 2024, section 4).
+
+    The paper compresses a prompt once. While decoding, our extension: the newest ``decode_queries`` queries are the observation
+    window, and a packed record's score is the larger of what it receives now and its old score times ``decay``.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    summary: ClassVar[str] = "attention of the newest queries, max-pooled"
+    source: ClassVar[str] = "Li et al. 2024, SnapKV: LLM Knows What You Are Looking for Before Generation"
+    prefill_queries: ClassVar[int] = 32
+    decode_queries: ClassVar[int] = 8
+    kernel_size: int = 5
+    decay: float = 0.9
+
+    def score(self, view: TokenView) -> torch.Tensor:
+        mass, q_len = received_attention(view, self.prefill_queries)
+        pooled = F.max_pool1d(mass.flatten(0, 1), self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        return pooled.view_as(mass) / q_len
+
+    def refresh(self, scores: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+        return torch.maximum(self.decay * scores, mass / num_queries)
+
+
+@dataclass(frozen=True)
+class TOVA(Policy):
+    """Attention of the newest query alone, averaged over all heads of the layer (Oren et al. 2024, section 3.2)."""
+
+    name: ClassVar[str] = "tova"
+    summary: ClassVar[str] = "attention of the newest query, mean over heads"
+    source: ClassVar[str] = "Oren et al. 2024, Transformers are Multi-State RNNs"
+    prefill_queries: ClassVar[int] = 1
+    decode_queries: ClassVar[int] = 1
+
+    def score(self, view: TokenView) -> torch.Tensor:
+        mass, _ = received_attention(view, 1)
+        return mass.mean(1, keepdim=True).expand_as(mass)
+
+    def refresh(self, scores: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+        # Heads hold different records in different slots, so old records are judged by their own head's attention.
+        return mass
