@@ -12,16 +12,16 @@ from smartkv_ext.reference.layout import PAGE_SIZE, page_layout
 from . import _library as _library  # registers the ops
 
 
-@torch.library.register_fake("smartkv::quantize_kv")
-def _(k: Tensor, v: Tensor, k_mean: Tensor, positions: Tensor, scores: Tensor, bits: int, levels: str) -> Tensor:
+def quantize_kv(
+    k: Tensor, v: Tensor, k_mean: Tensor, positions: Tensor, scores: Tensor, bits: int, levels: str
+) -> Tensor:
     batch, num_kv_heads, n, head_dim = k.shape
     num_pages = (n + PAGE_SIZE - 1) // PAGE_SIZE
     page_bytes = page_layout(bits, int(head_dim), k.element_size()).page_bytes
     return k.new_empty((batch, num_kv_heads, num_pages, page_bytes), dtype=torch.uint8)
 
 
-@torch.library.register_fake("smartkv::dequantize_kv")
-def _(
+def dequantize_kv(
     pages: Tensor, k_mean: Tensor, head_dim: int, bits: int, levels: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     batch, num_kv_heads, num_pages, _ = pages.shape
@@ -29,8 +29,7 @@ def _(
     return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("smartkv::append_kv")
-def _(
+def append_kv(
     pools: Sequence[Tensor],
     block_table: Tensor,
     cache_seqlens: Tensor,
@@ -46,8 +45,7 @@ def _(
     return None
 
 
-@torch.library.register_fake("smartkv::decode_attention")
-def _(
+def decode_attention(
     q: Tensor,
     pools: Sequence[Tensor],
     block_table: Tensor,
@@ -76,8 +74,7 @@ def _(
     )
 
 
-@torch.library.register_fake("smartkv::attention_mass")
-def _(
+def attention_mass(
     q: Tensor,
     k: Tensor,
     k_positions: Tensor,
@@ -89,8 +86,7 @@ def _(
     return k.new_empty(k.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("smartkv::select_kv")
-def _(
+def select_kv(
     scores: Tensor,
     current: Tensor,
     budgets: Tensor,
@@ -102,8 +98,7 @@ def _(
     return scores.new_empty(scores.shape, dtype=torch.int8)
 
 
-@torch.library.register_fake("smartkv::compact_kv")
-def _(
+def compact_kv(
     pools: Sequence[Tensor],
     block_table: Tensor,
     cache_seqlens: Tensor,
@@ -116,11 +111,23 @@ def _(
     return None
 
 
-@torch.library.register_fake("smartkv::merge_states")
-def _(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return o.new_empty(o.shape[1:]), lse.new_empty(lse.shape[1:])
 
 
-@torch.library.register_fake("smartkv::gate_score")
-def _(keys: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def gate_score(keys: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     return keys[0].new_empty((len(keys), *keys[0].shape[:-1]), dtype=torch.float32)
+
+
+for _fake in (
+    quantize_kv,
+    dequantize_kv,
+    append_kv,
+    decode_attention,
+    attention_mass,
+    select_kv,
+    compact_kv,
+    merge_states,
+    gate_score,
+):
+    torch.library.register_fake(f"smartkv::{_fake.__name__}", _fake)
