@@ -9,7 +9,7 @@ namespace smartkv::SMARTKV_ISA {
 struct AttentionRun {
   const DecodeAttentionParams& p;
   const AttentionPlan& plan;
-  const TierLevels& levels;
+  const TierCodecs& codecs;
   char* memory;
   bool rotated;  // some tier is quantised
 };
@@ -99,7 +99,7 @@ inline void attend_block(const AttentionRun& run, const Tile& tile, const Worksp
     }
   }
   if (p.out == nullptr) return;
-  if (w.v_tile == w.k_tile) decode_tile_v(tile, run.levels, head_dim, w.v_tile);
+  if (w.v_tile == w.k_tile) decode_tile_v(tile, run.codecs, head_dim, w.v_tile);
   gemm<true>({w.scores, PAGE_SIZE, w.v_tile, v_stride(head_dim), state.o + block.begin * head_dim,
               head_dim, PAGE_SIZE},
              block.count, head_dim);
@@ -135,9 +135,9 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
       rotate_back(p, state);
       in_rotated_space = false;
     }
-    decode_tile_k(tile, run.levels, p.cache.head_dim, w.k_tile);
+    decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
     if (p.out != nullptr && w.v_tile != w.k_tile) {
-      decode_tile_v(tile, run.levels, p.cache.head_dim, w.v_tile);
+      decode_tile_v(tile, run.codecs, p.cache.head_dim, w.v_tile);
     }
     for_row_blocks(rows, [&](RowBlock block) { attend_block(run, tile, w, state, block); });
   }
@@ -211,7 +211,7 @@ inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Wo
     float* out = mass_of(p, piece.head, tile.ref);
     if (tile.visible == 0 || out == nullptr) continue;
     alignas(64) float mass[PAGE_SIZE] = {};
-    decode_tile_k(tile, run.levels, p.cache.head_dim, w.k_tile);
+    decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
     for_row_blocks(num_rows(p),
                    [&](RowBlock block) { add_mass_block(run, piece.head, tile, w, block, mass); });
     __builtin_memcpy(out, mass, tile.ref.count * sizeof(float));
@@ -240,10 +240,10 @@ inline bool has_quantised_tier(const PagedKV& cache) {
 inline void run_attention(const DecodeAttentionParams& p, const Parallel& parallel, bool has_lse) {
   const int64_t parts = parallel.num_threads;
   const AttentionPlan plan(p, parts);
-  const TierLevels levels(p.cache);
+  const TierCodecs codecs(p.cache);
   const int64_t floats = parts * workspace_floats(p) + plan.num_states * state_floats(p);
   const Scratch memory(floats * sizeof(float));
-  const AttentionRun run{p, plan, levels, memory.data(), has_quantised_tier(p.cache)};
+  const AttentionRun run{p, plan, codecs, memory.data(), has_quantised_tier(p.cache)};
   if (!has_lse) {
     parallel_for(parallel, parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) attend_part(run, part);

@@ -112,27 +112,18 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
   }
 }
 
-// Lookups of all tiers, built once per part.
-struct TierLevels {
-  Codebook book[MAX_TIERS];
-
-  explicit TierLevels(const PagedKV& cache) {
-    for (int t = 0; t < cache.num_tiers; ++t) {
-      book[t] = make_codebook(cache.tier_bits[t], cache.levels);
-    }
-  }
-};
-
-inline void decode_tile_k(const Tile& tile, const TierLevels& levels, int head_dim, float* out) {
-  if (tile.bits == 16) return load_transposed(out, tile.k, head_dim);
-  decode_k_tile(out, tile.page, tile.bits, head_dim, Lookup(levels.book[tile.ref.tier].level));
+inline const uint8_t* v_codes_of(const Tile& tile, int head_dim) {
+  return tile.page + int64_t{PAGE_SIZE} * record_lanes(tile.bits, head_dim);
 }
 
-inline void decode_tile_v(const Tile& tile, const TierLevels& levels, int head_dim, float* out) {
+inline void decode_tile_k(const Tile& tile, const TierCodecs& codecs, int head_dim, float* out) {
+  if (tile.bits == 16) return load_transposed(out, tile.k, head_dim);
+  decode_k_tile(out, tile.page, codecs.at[tile.ref.tier]);
+}
+
+inline void decode_tile_v(const Tile& tile, const TierCodecs& codecs, int head_dim, float* out) {
   if (tile.bits == 16) return load_visible(out, tile.v, head_dim, tile.visible);
-  const int64_t v_codes = int64_t{PAGE_SIZE} * record_lanes(tile.bits, head_dim);
-  decode_v_tile(out, tile.page + v_codes, tile.bits, head_dim,
-                Lookup(levels.book[tile.ref.tier].level));
+  decode_v_tile(out, v_codes_of(tile, head_dim), codecs.at[tile.ref.tier]);
 }
 
 }  // namespace smartkv::SMARTKV_ISA

@@ -10,6 +10,7 @@
 #include "record.h"
 #include "quantize.h"
 #include "compact.h"
+#include "codec.h"
 #include "tile.h"
 #include "attention_tile.h"
 #include "attention_rows.h"

@@ -4,167 +4,68 @@
 
 namespace smartkv::SMARTKV_ISA {
 
-// Lanes that are no multiple of 16 make a vector run up to 12 floats past a V row.
+// Rows of a power of two bytes would fall into few cache sets.
 constexpr int v_stride(int head_dim) { return head_dim + 16; }
 constexpr int64_t tile_floats(int head_dim) { return int64_t{PAGE_SIZE} * v_stride(head_dim); }
 
-template <int WIDTH>
-inline void decode_k_plane(float* out, const uint8_t* codes, int head_dim, const Lookup& level) {
-  const int lanes = plane_lanes(head_dim, WIDTH);
+// Every channel of K, 16 tokens at a time, in channel order.
+template <int BITS>
+inline void decode_k_fixed(float* out, const uint8_t* codes, const TierCodec& codec) {
+  const CodeReader<BITS> reader(codec);
   for (int block = 0; block < 4; ++block) {
-    for (int j = 0; j < lanes; j += 4) {
-      const I word = load_words(codes + block * 16 * lanes + j * 16);
-      float* to = out + j * PAGE_SIZE + block * 16;
-      SMARTKV_UNROLL
-      for (int u = 0; u < 8 / WIDTH; ++u) {
-        SMARTKV_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          store(to + (u * lanes + i) * PAGE_SIZE, level(word >> (8 * i + WIDTH * u)));
-        }
-      }
+    for (int c = 0; c < codec.head_dim; c += 4) {
+      const I word = reader.k_word(codes, c, block);
+      float* to = out + c * PAGE_SIZE + block * 16;
+      store(to, reader.template level<0>(word));
+      store(to + PAGE_SIZE, reader.template level<1>(word));
+      store(to + 2 * PAGE_SIZE, reader.template level<2>(word));
+      store(to + 3 * PAGE_SIZE, reader.template level<3>(word));
     }
   }
 }
 
-// Low two bits from one plane's word, the third from the other's; higher bits are noise.
-SMARTKV_INLINE I join_3bit(I low, I high) { return (low & splat(3)) | ((high << 2) & splat(4)); }
-
-inline void decode_k_3bit(float* out, const uint8_t* codes, int head_dim, const Lookup& level) {
-  const int low_lanes = plane_lanes(head_dim, 2), high_lanes = plane_lanes(head_dim, 1);
-  const uint8_t* high_codes = codes + PAGE_SIZE * low_lanes;
-  for (int block = 0; block < 4; ++block) {
-    for (int c = 0; c < head_dim; c += 4) {
-      const int j = c % low_lanes, k = c % high_lanes;
-      const I low = load_words(codes + block * 16 * low_lanes + j * 16) >> (c / low_lanes * 2);
-      const I high = load_words(high_codes + block * 16 * high_lanes + k * 16) >> (c / high_lanes);
-      SMARTKV_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const I code = join_3bit(low >> (8 * i), high >> (8 * i));
-        store(out + (c + i) * PAGE_SIZE + block * 16, level(code));
-      }
-    }
-  }
-}
-
-SMARTKV_INLINE F level_8bit(I word, int shift) {
-  return to_float((word >> shift) & splat(255)) - splat(128.0f);
-}
-
-inline void decode_k_8bit(float* out, const uint8_t* codes, int head_dim) {
-  for (int block = 0; block < 4; ++block) {
-    for (int c = 0; c < head_dim; c += 4) {
-      const I word = load_words(codes + block * 16 * head_dim + c * 16);
-      SMARTKV_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        store(out + (c + i) * PAGE_SIZE + block * 16, level_8bit(word, 8 * i));
-      }
-    }
-  }
-}
-
-// Lanes beyond a plane's width spill into the channels that the next u overwrites.
-template <int WIDTH>
-inline void decode_v_plane(float* out, const uint8_t* codes, int head_dim, const Lookup& level) {
-  const int lanes = plane_lanes(head_dim, WIDTH), stride = v_stride(head_dim);
-  for (int quad = 0; quad < PAGE_SIZE / 4; ++quad, codes += 4 * lanes, out += 4 * stride) {
-    SMARTKV_UNROLL
-    for (int u = 0; u < 8 / WIDTH; ++u) {
-      for (int j = 0; j < lanes; j += 16) {
-        const I word = load_words(codes + 4 * j) >> (WIDTH * u);
-        SMARTKV_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          store(out + i * stride + u * lanes + j, level(word >> (8 * i)));
-        }
-      }
-    }
-  }
-}
-
-// 3-bit V of one quad where both planes have whole vectors of lanes.
-inline void decode_v_3bit_aligned(float* out, const uint8_t* low_codes, const uint8_t* high_codes,
-                                  int head_dim, const Lookup& level) {
-  const int low_lanes = plane_lanes(head_dim, 2), high_lanes = plane_lanes(head_dim, 1);
-  for (int c = 0; c < head_dim; c += 16) {
-    const I low = load_words(low_codes + c % low_lanes * 4) >> (c / low_lanes * 2);
-    const I high = load_words(high_codes + c % high_lanes * 4) >> (c / high_lanes);
-    SMARTKV_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      store(out + i * v_stride(head_dim) + c, level(join_3bit(low >> (8 * i), high >> (8 * i))));
-    }
-  }
-}
-
-// Words of a quad, shifted so that byte i is the code (with noise above) of token i.
-inline void spread_plane(int32_t* words, const uint8_t* codes, int head_dim, int width) {
-  const int lanes = plane_lanes(head_dim, width);
-  for (int u = 0, c = 0; c < head_dim; ++u, c += lanes) {
-    for (int j = 0; j < lanes; j += 16) {
-      store(words + c + j, load_words(codes + 4 * j) >> (width * u));
-    }
-  }
-}
-
-inline void decode_v_3bit(float* out, const uint8_t* codes, int head_dim, const Lookup& level) {
-  const int low_lanes = plane_lanes(head_dim, 2), high_lanes = plane_lanes(head_dim, 1);
-  const uint8_t* high_codes = codes + PAGE_SIZE * low_lanes;
-  const int stride = v_stride(head_dim);
-  alignas(64) int32_t low[MAX_HEAD_DIM + 32], high[MAX_HEAD_DIM + 32];
+template <int BITS>
+inline void decode_v_fixed(float* out, const uint8_t* codes, const TierCodec& codec) {
+  const CodeReader<BITS> reader(codec);
+  const int stride = v_stride(codec.head_dim);
+  alignas(64) int32_t words[2][MAX_HEAD_DIM + 32];
   for (int quad = 0; quad < PAGE_SIZE / 4; ++quad, out += 4 * stride) {
-    const uint8_t* low_quad = codes + quad * 4 * low_lanes;
-    const uint8_t* high_quad = high_codes + quad * 4 * high_lanes;
-    if (high_lanes % 16 == 0) {
-      decode_v_3bit_aligned(out, low_quad, high_quad, head_dim, level);
-      continue;
-    }
-    spread_plane(low, low_quad, head_dim, 2);
-    spread_plane(high, high_quad, head_dim, 1);
-    for (int c = 0; c < head_dim; c += 16) {
-      const I low_word = load_words(low + c), high_word = load_words(high + c);
-      SMARTKV_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const I code = join_3bit(low_word >> (8 * i), high_word >> (8 * i));
-        store(out + i * stride + c, level(code));
-      }
+    if (!codec.has_aligned_v) codec.spread_v_words(codes, quad, words);
+    for (int c = 0; c < codec.head_dim; c += 16) {
+      const I word = codec.has_aligned_v
+                         ? reader.v_word(codes, c, quad)
+                         : reader.join(load_words(words[0] + c), load_words(words[1] + c));
+      store(out + c, reader.template level<0>(word));
+      store(out + stride + c, reader.template level<1>(word));
+      store(out + 2 * stride + c, reader.template level<2>(word));
+      store(out + 3 * stride + c, reader.template level<3>(word));
     }
   }
 }
 
-inline void decode_v_8bit(float* out, const uint8_t* codes, int head_dim) {
-  const int stride = v_stride(head_dim);
-  for (int quad = 0; quad < PAGE_SIZE / 4; ++quad, out += 4 * stride) {
-    for (int c = 0; c < head_dim; c += 16) {
-      const I word = load_words(codes + quad * 4 * head_dim + 4 * c);
-      SMARTKV_UNROLL
-      for (int i = 0; i < 4; ++i) store(out + i * stride + c, level_8bit(word, 8 * i));
-    }
-  }
-}
-
-inline void decode_k_tile(float* out, const uint8_t* codes, int bits, int head_dim,
-                          const Lookup& level) {
-  switch (bits) {
+inline void decode_k_tile(float* out, const uint8_t* codes, const TierCodec& codec) {
+  switch (codec.bits) {
     case 2:
-      return decode_k_plane<2>(out, codes, head_dim, level);
+      return decode_k_fixed<2>(out, codes, codec);
     case 3:
-      return decode_k_3bit(out, codes, head_dim, level);
+      return decode_k_fixed<3>(out, codes, codec);
     case 4:
-      return decode_k_plane<4>(out, codes, head_dim, level);
+      return decode_k_fixed<4>(out, codes, codec);
     default:
-      return decode_k_8bit(out, codes, head_dim);
+      return decode_k_fixed<8>(out, codes, codec);
   }
 }
 
-inline void decode_v_tile(float* out, const uint8_t* codes, int bits, int head_dim,
-                          const Lookup& level) {
-  switch (bits) {
+inline void decode_v_tile(float* out, const uint8_t* codes, const TierCodec& codec) {
+  switch (codec.bits) {
     case 2:
-      return decode_v_plane<2>(out, codes, head_dim, level);
+      return decode_v_fixed<2>(out, codes, codec);
     case 3:
-      return decode_v_3bit(out, codes, head_dim, level);
+      return decode_v_fixed<3>(out, codes, codec);
     case 4:
-      return decode_v_plane<4>(out, codes, head_dim, level);
+      return decode_v_fixed<4>(out, codes, codec);
     default:
-      return decode_v_8bit(out, codes, head_dim);
+      return decode_v_fixed<8>(out, codes, codec);
   }
 }
 

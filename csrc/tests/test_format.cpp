@@ -49,13 +49,14 @@ void test_packing(int bits, int head_dim) {
     write_codes<IS_V>(section.data(), s, bits, head_dim, written[s]);
   }
   for (int i = bytes; i < bytes + 256; ++i) CHECK(section[i] == 0xa5);
-  const Codebook book = make_codebook(bits, Levels::GAUSSIAN);
+  TierCodec codec;
+  codec.set(bits, Levels::GAUSSIAN, head_dim);
   std::vector<float> storage(tile_floats(head_dim) + 16);
   float* tile = storage.data();
   if (IS_V) {
-    decode_v_tile(tile, section.data(), bits, head_dim, Lookup(book.level));
+    decode_v_tile(tile, section.data(), codec);
   } else {
-    decode_k_tile(tile, section.data(), bits, head_dim, Lookup(book.level));
+    decode_k_tile(tile, section.data(), codec);
   }
   for (int s = 0; s < 64; ++s) {
     Codes codes;

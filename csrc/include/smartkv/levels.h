@@ -1,6 +1,8 @@
 // Reconstruction levels: small integers held in floats. Twin of smartkv_ext/reference/levels.py.
 #pragma once
 
+#include <cstdint>
+
 #include "smartkv/params.h"
 
 namespace smartkv {
@@ -33,13 +35,17 @@ constexpr float level_of(int bits, Levels levels, int code) {
 struct Codebook {
   alignas(64) float level[16];
   alignas(64) float midpoint[16];
+  alignas(16) int8_t level_byte[16];
 };
 
 constexpr Codebook make_codebook(int bits, Levels levels) {
   Codebook book{};
   if (bits > 4) return book;
   const int count = 1 << bits;
-  for (int i = 0; i < 16; ++i) book.level[i] = level_of(bits, levels, i % count);
+  for (int i = 0; i < 16; ++i) {
+    book.level[i] = level_of(bits, levels, i % count);
+    book.level_byte[i] = static_cast<int8_t>(book.level[i]);
+  }
   for (int i = 0; i + 1 < count; ++i) {
     book.midpoint[i] = (book.level[i] + book.level[i + 1]) / 2;
   }
