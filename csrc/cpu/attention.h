@@ -62,18 +62,31 @@ SMARTKV_INLINE State state_row(State state, int64_t row, int head_dim) {
           state.sum + row};
 }
 
-// Rows of a block and the products of its queries with a tile.
 struct RowBlock {
   int64_t begin;
   int count;
 };
 
-// False when no query of the block can see the tile.
-inline bool multiply_queries(const DecodeAttentionParams& p, const Tile& tile, const Workspace& w,
+// Few rows multiply the packed codes directly.
+SMARTKV_INLINE bool is_k_fused(const AttentionRun& run, const Tile& tile) {
+  return tile.bits < 16 && num_rows(run.p) <= FUSED_ROWS;
+}
+SMARTKV_INLINE bool is_v_fused(const AttentionRun& run, const Tile& tile) {
+  return is_k_fused(run, tile) && run.codecs.at[tile.ref.tier].has_aligned_v;
+}
+
+// Products of the queries of a block with a tile; false when none of them can see it.
+inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Workspace& w,
                              RowBlock block) {
+  const DecodeAttentionParams& p = run.p;
   const int64_t last = (block.begin + block.count - 1) / num_groups(p);
   if (span_of_query(p, last).high < tile.first_position) return false;
   const int head_dim = p.cache.head_dim;
+  if (is_k_fused(run, tile)) {
+    multiply_k_rows(run.codecs.at[tile.ref.tier], {tile.page, tile.next}, block.count,
+                    w.queries.rotated, w.scores);
+    return true;
+  }
   const float* q = tile.bits == 16 ? w.queries.plain : w.queries.rotated;
   gemm<false>(
       {q + block.begin * head_dim, head_dim, w.k_tile, PAGE_SIZE, w.scores, PAGE_SIZE, head_dim},
@@ -85,7 +98,7 @@ inline void attend_block(const AttentionRun& run, const Tile& tile, const Worksp
                          RowBlock block) {
   const DecodeAttentionParams& p = run.p;
   const int head_dim = p.cache.head_dim;
-  if (!multiply_queries(p, tile, w, block)) return;
+  if (!multiply_queries(run, tile, w, block)) return;
   for (int i = 0; i < block.count; ++i) {
     const int64_t row = block.begin + i;
     const float bias = tile.bits == 16 ? 0.0f : w.queries.bias[row];
@@ -99,6 +112,12 @@ inline void attend_block(const AttentionRun& run, const Tile& tile, const Worksp
     }
   }
   if (p.out == nullptr) return;
+  if (is_v_fused(run, tile)) {
+    const int64_t v_codes = v_codes_of(tile, head_dim) - tile.page;
+    multiply_v_rows(run.codecs.at[tile.ref.tier], {tile.page + v_codes, tile.next + v_codes},
+                    block.count, w.scores, state.o);
+    return;
+  }
   if (w.v_tile == w.k_tile) decode_tile_v(tile, run.codecs, head_dim, w.v_tile);
   gemm<true>({w.scores, PAGE_SIZE, w.v_tile, v_stride(head_dim), state.o + block.begin * head_dim,
               head_dim, PAGE_SIZE},
@@ -135,7 +154,7 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
       rotate_back(p, state);
       in_rotated_space = false;
     }
-    decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
+    if (!is_k_fused(run, tile)) decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
     if (p.out != nullptr && w.v_tile != w.k_tile) {
       decode_tile_v(tile, run.codecs, p.cache.head_dim, w.v_tile);
     }
@@ -176,7 +195,7 @@ inline void merge_split(const AttentionRun& run, const SplitHead& split) {
 inline void add_mass_block(const AttentionRun& run, int64_t head, const Tile& tile,
                            const Workspace& w, RowBlock block, float* mass) {
   const DecodeAttentionParams& p = run.p;
-  if (!multiply_queries(p, tile, w, block)) return;
+  if (!multiply_queries(run, tile, w, block)) return;
   for (int i = 0; i < block.count; ++i) {
     const int64_t row = block.begin + i;
     const float lse = p.lse[output_row(p, head, row)];
@@ -211,7 +230,7 @@ inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Wo
     float* out = mass_of(p, piece.head, tile.ref);
     if (tile.visible == 0 || out == nullptr) continue;
     alignas(64) float mass[PAGE_SIZE] = {};
-    decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
+    if (!is_k_fused(run, tile)) decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
     for_row_blocks(num_rows(p),
                    [&](RowBlock block) { add_mass_block(run, piece.head, tile, w, block, mass); });
     __builtin_memcpy(out, mass, tile.ref.count * sizeof(float));

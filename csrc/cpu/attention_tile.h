@@ -10,6 +10,7 @@ struct Tile {
   TileRef ref;
   int bits;
   const uint8_t* page;  // of a quantised tile
+  const uint8_t* next;  // the page after it, or the page itself
   Rows k, v;            // of a raw tile
   uint64_t visible;     // bit i: some query sees slot i
   bool all_visible;     // every query sees every slot
@@ -78,6 +79,16 @@ inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile&
   tile.v = {row_of(v, b, h, first), v.dtype, v.stride_n * dtype_size(v.dtype), tile.ref.count};
 }
 
+// The codes are fetched while this page is computed, see fused.h; the scales and positions now.
+inline void find_next_page(const PagedKV& cache, int64_t head, const PageLayout& layout,
+                           Tile& tile) {
+  const int64_t next = (tile.ref.index + 1) * PAGE_SIZE;
+  tile.next = tile.page;
+  if (next >= cache.cache_seqlens[head * cache.num_tiers + tile.ref.tier]) return;
+  tile.next = slot_of(cache, head, tile.ref.tier, next).page;
+  for (int64_t i = layout.k_scale; i < layout.score; i += 64) __builtin_prefetch(tile.next + i);
+}
+
 // Everything but the decoded values. Leaves `visible` 0 where no query sees any slot.
 inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t index, Tile& tile) {
   const PagedKV& cache = p.cache;
@@ -103,6 +114,7 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
     set_unit_scales(tile);
     return;
   }
+  find_next_page(cache, head, layout, tile);
   for (int i = 0; i < PAGE_SIZE; i += 16) {
     const auto scales = [&](int64_t section) {
       return load_fp16(reinterpret_cast<const uint16_t*>(page + section) + i);

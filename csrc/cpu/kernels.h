@@ -12,6 +12,7 @@
 #include "compact.h"
 #include "codec.h"
 #include "tile.h"
+#include "fused.h"
 #include "attention_tile.h"
 #include "attention_rows.h"
 #include "attention.h"
