@@ -26,7 +26,7 @@ GARBAGE_PAGE = 2147480000
 
 
 def strided(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    """Random (batch, heads, n, head_dim) cut out of a bigger, NaN-filled tensor: only the last dimension is contiguous."""
+    """Random (batch, heads, n, head_dim), a slice of a bigger NaN-filled tensor: only the last dimension is dense."""
     batch, heads, n, head_dim = shape
     big = torch.full((batch, n + 3, heads + 1, head_dim + 5), torch.nan, dtype=dtype)
     part = big[:, 1 : n + 1, :heads, 2 : head_dim + 2].transpose(1, 2)
@@ -200,7 +200,7 @@ def assert_same_records(
     levels: str,
     y: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
-    """Pages (num_pages, page_bytes) are equal bytes for bytes, except that a code may be the neighbour where y (per kind
+    """Pages (num_pages, page_bytes) are equal byte for byte, except that a code may be the neighbour where y (per kind
     (num_pages, 64, head_dim)) is at a midpoint, and that the least-squares scale of such a record follows its codes.
     Elsewhere a scale may be the next float16, since its sum may be rounded in another order."""
     if torch.equal(ours, expected):
@@ -226,7 +226,8 @@ def assert_same_records(
 def assert_within_eager(
     ours: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, atol: float, name: str = "result"
 ) -> None:
-    """Error of ours at most twice that of the plain computation in the same dtype, plus atol. Infinities must coincide."""
+    """Error of ours at most twice that of the plain computation in the same dtype, plus atol. Anomalies must
+    coincide."""
     assert torch.equal(torch.isfinite(ours), torch.isfinite(exact)), f"{name}: anomalies differ"
     finite = torch.isfinite(exact)
     if not finite.any():
