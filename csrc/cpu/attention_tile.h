@@ -9,7 +9,7 @@ struct Tile {
   alignas(64) float v_scale[PAGE_SIZE];
   TileRef ref;
   int bits;
-  const uint8_t* page;  // of a quantised tile
+  const uint8_t* page;  // of a paged tile
   const uint8_t* next;  // the page after it, or the page itself
   Rows k, v;            // of a raw tile
   uint64_t visible;     // bit i: some query sees slot i
@@ -74,9 +74,14 @@ inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile&
   tile.bits = 16;
   load_positions(tile, p.window_positions + b * p.window_len + first);
   const HeadsView &k = p.k_window, &v = p.v_window;
-  tile.k = {row_of(k, b, h, first), k.dtype, k.stride_n * dtype_size(k.dtype), tile.ref.count};
-  if (v.data == nullptr) return;
-  tile.v = {row_of(v, b, h, first), v.dtype, v.stride_n * dtype_size(v.dtype), tile.ref.count};
+  const bool is_last = first + PAGE_SIZE >= p.window_len;
+  const auto rows_of = [&](const HeadsView& x) {
+    const int64_t stride = x.stride_n * dtype_size(x.dtype);
+    return Rows{row_of(x, b, h, first), x.dtype, stride, tile.ref.count,
+                is_last ? 0 : PAGE_SIZE * stride};
+  };
+  tile.k = rows_of(k);
+  if (v.data != nullptr) tile.v = rows_of(v);
 }
 
 // The codes are fetched while this page is computed, see fused.h; the scales and positions now.
@@ -86,7 +91,9 @@ inline void find_next_page(const PagedKV& cache, int64_t head, const PageLayout&
   tile.next = tile.page;
   if (next >= cache.cache_seqlens[head * cache.num_tiers + tile.ref.tier]) return;
   tile.next = slot_of(cache, head, tile.ref.tier, next).page;
-  for (int64_t i = layout.k_scale; i < layout.score; i += 64) __builtin_prefetch(tile.next + i);
+  for (int64_t i = 2 * layout.v_codes; i < layout.score; i += 64) {
+    __builtin_prefetch(tile.next + i);
+  }
 }
 
 // Everything but the decoded values. Leaves `visible` 0 where no query sees any slot.
@@ -106,15 +113,16 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
   tile.page = page;
   load_positions(tile, page + layout.position);
   find_visible(p, tile);
+  find_next_page(cache, head, layout, tile);
   if (layout.bits == 16) {
     const char* rows = reinterpret_cast<const char*>(page);
     const int64_t stride = int64_t{cache.head_dim} * layout.itemsize;
-    tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count};
-    tile.v = {rows + layout.v_codes, cache.raw_dtype, stride, tile.ref.count};
+    const int64_t ahead = tile.next - tile.page;
+    tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count, ahead};
+    tile.v = {rows + layout.v_codes, cache.raw_dtype, stride, tile.ref.count, ahead};
     set_unit_scales(tile);
     return;
   }
-  find_next_page(cache, head, layout, tile);
   for (int i = 0; i < PAGE_SIZE; i += 16) {
     const auto scales = [&](int64_t section) {
       return load_fp16(reinterpret_cast<const uint16_t*>(page + section) + i);

@@ -34,7 +34,8 @@ inline void score_tile(const GateScoreParams& p, int64_t item, int64_t tile, Gat
   const HeadsView& keys = p.keys[layer];
   const int64_t left = p.kv_len - first;
   const Rows rows{row_of(keys, b, head, first), keys.dtype, keys.stride_n * dtype_size(keys.dtype),
-                  static_cast<int>(left < PAGE_SIZE ? left : PAGE_SIZE)};
+                  static_cast<int>(left < PAGE_SIZE ? left : PAGE_SIZE),
+                  left > PAGE_SIZE ? PAGE_SIZE * keys.stride_n * dtype_size(keys.dtype) : 0};
   float *x = scratch.x, *y = scratch.y;
   load_transposed(x, rows, p.sizes[0]);
   for (int i = 0; i < p.num_linear; ++i) {

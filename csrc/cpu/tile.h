@@ -77,6 +77,7 @@ struct Rows {
   DType dtype;
   int64_t stride;  // bytes
   int count;
+  int64_t ahead;  // bytes to the same row of the next tile, to be fetched meanwhile; 0: none
 };
 
 template <int H, class V, int... LANE>
@@ -121,7 +122,11 @@ inline void load_transposed(float* out, const Rows& rows, int head_dim) {
         SMARTKV_UNROLL
         for (int i = 0; i < 16; ++i) {
           const int n = token + i < rows.count ? token + i : rows.count - 1;
-          x[i] = load_values<DTYPE>(rows.data + n * rows.stride, c);
+          const char* row = rows.data + n * rows.stride;
+          if (c * dtype_size(DTYPE) % 64 == 0) {
+            __builtin_prefetch(row + rows.ahead + c * dtype_size(DTYPE));
+          }
+          x[i] = load_values<DTYPE>(row, c);
         }
         exchange_rows<1>(x);
         exchange_rows<2>(x);
@@ -140,7 +145,11 @@ inline void load_visible(float* out, const Rows& rows, int head_dim, uint64_t vi
   const int stride = v_stride(head_dim);
   for (int n = 0; n < PAGE_SIZE; ++n, out += stride) {
     if (visible >> n & 1) {
-      load_row(out, rows.data + n * rows.stride, rows.dtype, head_dim);
+      const char* row = rows.data + n * rows.stride;
+      for (int i = 0; i < head_dim * dtype_size(rows.dtype); i += 64) {
+        __builtin_prefetch(row + rows.ahead + i);
+      }
+      load_row(out, row, rows.dtype, head_dim);
     } else {
       __builtin_memset(out, 0, head_dim * sizeof(float));
     }
