@@ -113,7 +113,8 @@ def _convert(gguf: Path, out: Path, status: Any) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id",
+        "pad_token_id",
     )  # fmt: skip
     config = Qwen2Config(
         **{name: getattr(llama.config, name) for name in names},
