@@ -55,8 +55,7 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_me
   const auto sizes = pages.sizes();
   const Tensor page = dense_input(pages, "pages", ScalarType::Byte,
                                   {sizes[0], sizes[1], sizes[2], params.page_bytes},
-                                  "(batch, num_kv_heads, num_pages, page_bytes of bits, head_dim "
-                                  "and dtype)");
+                                  "(batch, num_kv_heads, num_pages, page_bytes)");
   const Tensor mean =
       dense_input(k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], head_dim},
                   "(batch, num_kv_heads, head_dim)");

@@ -1,5 +1,4 @@
 """decode_attention, attention_mass and merge_states against float64, beside eager torch in the same dtype."""
-dtype."""
 
 from __future__ import annotations
 

@@ -1,0 +1,73 @@
+"""The ops under FakeTensor, torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from op_args import MAKE, decode_args
+
+from smartkv_ext import ops
+
+# No op has a gradient; the other parts of opcheck hold for all of them.
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("op", MAKE)
+def test_opcheck(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.smartkv, op).default, (), MAKE[op](), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("op", ("decode_attention", "attention_mass"))
+def test_opcheck_with_options(op: str) -> None:
+    args = MAKE[op]()
+    args |= {"return_mass": True, "sliding_window": 3} if op == "decode_attention" else {"lse": None}
+    torch.library.opcheck(getattr(torch.ops.smartkv, op).default, (), args, test_utils=CHECKS)
+
+
+def test_compile_decode_attention() -> None:
+    """One graph around the op, mutating neighbours included."""
+
+    def step(args: dict[str, Any]) -> torch.Tensor:
+        out, lse, _, _ = ops.decode_attention(**{**args, "q": args["q"] * 2})
+        return torch.tanh(out) + lse[..., None]
+
+    args = decode_args()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(args), step(args))
+    args["q"] = torch.randn(2, 4, 3, 64)
+    assert torch.equal(compiled(args), step(args))
+
+
+def test_compile_append() -> None:
+    """torch.compile knows from the schema that append_kv mutates the pools and the lengths."""
+
+    def step(args: dict[str, Any]) -> torch.Tensor:
+        before = args["cache_seqlens"].sum()
+        ops.append_kv(**args)
+        return args["cache_seqlens"].sum() - before
+
+    expected, args = MAKE["append_kv"](), MAKE["append_kv"]()
+    args |= {name: value for name, value in expected.items() if name in ("k", "v", "k_mean", "scores")}
+    assert step(expected) == 2 * 2 * 5
+    assert torch.compile(step, backend="aot_eager", fullgraph=True)(args) == 2 * 2 * 5
+    assert all(torch.equal(a, b) for a, b in zip(args["pools"], expected["pools"], strict=True))
+
+
+def test_export_merge_states() -> None:
+    class Merge(torch.nn.Module):
+        def forward(self, o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return ops.merge_states(o, lse)
+
+    o, lse = torch.randn(3, 5, 64), torch.randn(3, 5)
+    program = torch.export.export(Merge(), (o, lse))
+    assert torch.equal(program.module()(o, lse)[0], ops.merge_states(o, lse)[0])
+
+
+@pytest.mark.parametrize("op", MAKE)
+def test_wrapper_has_the_schema_of_the_op(op: str) -> None:
+    """Same argument names in the same order in Python and in the schema."""
+    schema = getattr(torch.ops.smartkv, op).default._schema
+    assert [x.name for x in schema.arguments] == list(inspect.signature(getattr(ops, op)).parameters)

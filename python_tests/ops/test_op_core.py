@@ -1,0 +1,99 @@
+"""smartkv_ext._core equals the Python twins, and page bytes are laid out as written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smartkv_ext import _core, ops
+from smartkv_ext.reference import layout, levels
+from smartkv_ext.reference.hadamard import rotate
+
+
+@pytest.mark.parametrize("itemsize", (2, 4))
+@pytest.mark.parametrize("head_dim", layout.HEAD_DIMS)
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_page_layout(bits: int, head_dim: int, itemsize: int) -> None:
+    expected = dataclasses.asdict(layout.page_layout(bits, head_dim, itemsize))
+    assert _core.page_layout(bits, head_dim, itemsize) == expected
+    starts = [value for name, value in expected.items() if name not in ("bits", "head_dim", "itemsize") and value >= 0]
+    assert all(start % 64 == 0 for start in starts)
+
+
+def test_constants() -> None:
+    assert (_core.PAGE_SIZE, _core.PAGE_FORMAT_VERSION) == (layout.PAGE_SIZE, layout.PAGE_FORMAT_VERSION)
+    assert (layout.BITS, layout.HEAD_DIMS, len(layout.BITS)) == (_core.BITS, _core.HEAD_DIMS, _core.MAX_TIERS)
+
+
+@pytest.mark.parametrize("kind", levels.LEVELS)
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_level_table(bits: int, kind: str) -> None:
+    assert _core.level_table(bits, kind) == levels.level_table(bits, kind).tolist()
+
+
+def test_core_names_what_it_refuses() -> None:
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 8, 16; got 5"):
+        _core.page_layout(5, 64)
+    with pytest.raises(ValueError, match="head_dim must be one of 64, 80, 96, 128, 256; got 65"):
+        _core.page_layout(4, 65)
+    with pytest.raises(ValueError, match="itemsize must be one of 2, 4; got 3"):
+        _core.page_layout(4, 64, 3)
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 8; got 16"):
+        _core.level_table(16, "gaussian")
+    with pytest.raises(ValueError, match="levels must be one of uniform, gaussian; got 'x'"):
+        _core.level_table(4, "x")
+
+
+def test_build_info() -> None:
+    info = ops.build_info()
+    assert info["version"] == "0.1.0" and info["compiler"] and "-O3" in info["cxx_flags"]
+    assert isinstance(info["cuda"], bool) and info["kernel_set"] in ops.available_kernel_sets()
+    assert ops.available_kernel_sets()[-1] == "portable" and isinstance(ops.cpu_features(), list)
+
+
+def test_core_does_not_load_torch() -> None:
+    code = "import sys, smartkv_ext._core as c; c.page_layout(4, 64); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_library_tells_the_command() -> None:
+    code = "import sys; sys.modules['smartkv_ext._C'] = None; import smartkv_ext.ops"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "pip install --no-build-isolation -e ." in done.stderr
+
+
+codes = st.tuples(st.sampled_from((2, 3, 4, 8)), st.sampled_from(layout.HEAD_DIMS), st.integers(0, 2**31))
+
+
+@given(codes, st.sampled_from("kv"))
+def test_unpack_inverts_pack(shape: tuple[int, int, int], kind: str) -> None:
+    bits, head_dim, seed = shape
+    wanted = torch.randint(0, 2**bits, (2, 64, head_dim), generator=torch.Generator().manual_seed(seed))
+    packed = layout.pack_codes(wanted, bits, kind)
+    assert torch.equal(layout.unpack_codes(packed, bits, head_dim, kind), wanted.int())
+
+
+@given(codes, st.sampled_from(levels.LEVELS))
+def test_kernels_unpack_what_was_packed(shape: tuple[int, int, int], kind: str) -> None:
+    """Pages of arbitrary codes, built in Python, decode to scale * level in the rotated space."""
+    bits, head_dim, seed = shape
+    random = torch.Generator().manual_seed(seed)
+    place = layout.page_layout(bits, head_dim)
+    pages = torch.zeros(1, 1, 2, place.page_bytes, dtype=torch.uint8)
+    expected = []
+    for name, start, offset in (("k", 0, place.k_scale), ("v", place.v_codes, place.v_scale)):
+        wanted = torch.randint(0, 2**bits, (1, 1, 2, 64, head_dim), generator=random)
+        scale = torch.rand(1, 1, 2, 64, generator=random).half()
+        pages[..., start : start + place.v_codes] = layout.pack_codes(wanted, bits, name)
+        pages[..., offset : offset + 128].view(torch.float16).copy_(scale)
+        y = levels.level_table(bits, kind)[wanted] * scale.float()[..., None]
+        expected.append(rotate(y, inverse=True).flatten(2, 3))
+    got = ops.dequantize_kv(pages, torch.zeros(1, 1, head_dim), head_dim, bits, kind, torch.float32)
+    for ours, want in zip(got, expected, strict=True):
+        assert torch.allclose(ours, want, atol=1e-4, rtol=1e-5)
