@@ -37,7 +37,7 @@ def held_bytes(cache):
 def test_budget_is_kept_and_accounting_is_exact(policy, dtype):
     """From 8 windows on, at prefill and at every decoded token."""
     model = tiny("qwen2").to(dtype)
-    ids, mask = prompts(1, 1024)
+    ids, _mask = prompts(1, 1024)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.125, policy=policy, window=128)
         model(ids, past_key_values=cache)
@@ -64,7 +64,7 @@ def test_budget_is_kept_in_every_scope(scope):
 
 def test_fixed_bytes_hold_while_the_context_grows():
     model = tiny("qwen3")
-    ids, mask = prompts(1, 600)
+    ids, _mask = prompts(1, 600)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget="300kB", policy="knorm", window=32)
         for start in range(0, 2400, 150):
@@ -76,7 +76,7 @@ def test_fixed_bytes_hold_while_the_context_grows():
 
 def test_unlimited_budget_takes_the_highest_tier():
     model = tiny("qwen2")
-    ids, mask = prompts(1, 300)
+    ids, _mask = prompts(1, 300)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(4,))
         model(ids, past_key_values=cache)
@@ -120,7 +120,7 @@ def test_save_and_load(tmp_path):
 
 def test_load_refuses_what_it_cannot_trust(tmp_path):
     model = tiny("qwen2")
-    ids, mask = prompts(1)
+    ids, _mask = prompts(1)
     path = tmp_path / "cache.safetensors"
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config)
@@ -218,7 +218,7 @@ def test_misuse_of_the_integration():
 def test_a_failed_step_leaves_the_cache_as_it_was():
     """`full` keeps every token, so a small budget fails in some layer after others have already taken the tokens in."""
     model = tiny("qwen2")
-    ids, mask = prompts(1, 900)
+    ids, _mask = prompts(1, 900)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget="200kB", policy="full", window=16, tiers=(4,))
         model(ids[:, :100], past_key_values=cache)

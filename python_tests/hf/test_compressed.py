@@ -151,9 +151,7 @@ def test_beams_reorder_like_copies(kind):
             for row, source in enumerate(index.tolist()):
                 alone = SmartKVCache(model.config, budget=0.5, policy="knorm", window=24, tiers=(4, 8))
                 model(ids[source : source + 1], attention_mask=mask[source : source + 1], past_key_values=alone)
-                one = model(
-                    tokens[row : row + 1], attention_mask=longer[row : row + 1], past_key_values=alone
-                ).logits
+                one = model(tokens[row : row + 1], attention_mask=longer[row : row + 1], past_key_values=alone).logits
                 assert (many[row] - one[0]).abs().max() < 2e-2  # windows of a batch share their size: not bit-equal
         report = cache.report()
         cache.batch_select_indices(torch.tensor([0, 2]))
@@ -167,9 +165,7 @@ def test_generate_with_beams_and_compression_runs_within_budget():
     ids, mask = prompts(2, 400)
     with smartkv_ext.patch(model):
         cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=16)
-        model.generate(
-            ids, attention_mask=mask, num_beams=3, max_new_tokens=30, past_key_values=cache, do_sample=False
-        )
+        model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=30, past_key_values=cache, do_sample=False)
     assert cache.report().tokens_per_tier["evicted"] >= 0
 
 
@@ -182,7 +178,12 @@ def test_assisted_decoding_never_pays_for_a_rejected_draft():
     with smartkv_ext.patch(model):
         cache = SmartKVCache(model.config, **kwargs)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=60, do_sample=False, past_key_values=cache, prompt_lookup_num_tokens=4
+            ids,
+            attention_mask=mask,
+            max_new_tokens=60,
+            do_sample=False,
+            past_key_values=cache,
+            prompt_lookup_num_tokens=4,
         )
     assert out.shape[1] == ids.shape[1] + 60
     assert cache.get_seq_length() in (out.shape[1] - 1, out.shape[1])

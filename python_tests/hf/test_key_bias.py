@@ -1,4 +1,5 @@
-"""Qwen2.5 has key biases of hundreds; plain per-token quantisation of its keys destroys the model. The mean shift must stay."""
+"""Qwen2.5 has key biases of hundreds; plain per-token quantisation of its keys destroys the model. The mean shift
+must stay."""
 
 import pytest
 import torch

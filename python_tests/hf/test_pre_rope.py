@@ -1,9 +1,8 @@
 """Keys before RoPE reach the policy, exactly, in the right order and for the right tokens."""
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
-
-import copy
 
 import pytest
 import torch
@@ -24,7 +23,9 @@ class Spy(Policy):
     needs_pre_rope_keys: ClassVar[bool] = True
 
     def score(self, view):
-        SEEN.setdefault(view.layer_idx, []).append((view.pre_rope_keys.clone(), view.keys.clone(), view.positions.clone()))
+        SEEN.setdefault(view.layer_idx, []).append(
+            (view.pre_rope_keys.clone(), view.keys.clone(), view.positions.clone())
+        )
         return view.positions[:, None].float().expand(view.keys.shape[:3])
 
 

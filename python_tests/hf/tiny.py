@@ -35,9 +35,7 @@ def tiny(kind: str, seed: int = 1, **overrides):
     elif kind == "mistral_sliding":
         model = MistralForCausalLM(MistralConfig(**common, sliding_window=50))
     elif kind == "qwen3_hybrid":
-        model = Qwen3ForCausalLM(
-            Qwen3Config(**common, use_sliding_window=True, sliding_window=40, max_window_layers=2)
-        )
+        model = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=True, sliding_window=40, max_window_layers=2))
         assert model.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
     with torch.no_grad():
         for parameter in model.parameters():

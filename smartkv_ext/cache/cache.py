@@ -25,8 +25,10 @@ class SmartKVCache(Cache):
 
     Args:
         config: the model's config (``model.config``).
-        budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the tokens seen so
-            far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the highest tier.
+        budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the
+        tokens seen so
+            far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the highest
+            tier.
         policy: name or instance of a policy (``smartkv_ext.policies``): which tokens matter.
         tiers: bit widths that packed tokens may have, of 2, 3, 4, 8 and 16; 16 is the model's own dtype.
         sinks: first tokens of each sequence, never packed.
@@ -40,10 +42,12 @@ class SmartKVCache(Cache):
         ValueError, TypeError: naming the argument, what came and what is accepted.
     """
 
+    layers: list[SmartKVLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         config: Any,
-        budget: float | str | None | Budget = 0.125,
+        budget: float | str | Budget | None = 0.125,
         policy: str | Policy = "keydiff",
         tiers: Sequence[int] = BITS,
         sinks: int = 4,

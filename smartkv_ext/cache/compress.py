@@ -13,14 +13,18 @@ from smartkv_ext.reference.layout import PAGE_SIZE
 from .config import UNLIMITED
 from .layer import SmartKVLayer
 
-EVICT_NEVER = 1e6  # distortion of losing a token under a policy that keeps all: a first page always wins over a better tier
+EVICT_NEVER = (
+    1e6  # distortion of losing a token under a policy that keeps all: a first page always wins over a better tier
+)
 
 
 @dataclass
 class _Candidates:
     """Records and leaving tokens of one layer, by position. n = slots of the store + tokens that leave the window."""
 
-    scores: torch.Tensor  # (batch, num_kv_heads, n) float32, -inf: gone (empty slot, padding, out of the sliding window)
+    scores: (
+        torch.Tensor
+    )  # (batch, num_kv_heads, n) float32, -inf: gone (empty slot, padding, out of the sliding window)
     positions: torch.Tensor  # (batch, num_kv_heads, n) int32
     current: torch.Tensor  # (batch, num_kv_heads, n) int8, as for ops.select_kv
     outside: int  # how many of the n are leaving tokens: the last ones
@@ -33,16 +37,12 @@ def compress(layers: list[SmartKVLayer], softmax_scale: float) -> None:
     With scope "global" the layers must be all layers of the model, at the same length; else any subset.
     """
     sizes = [layer.dense_sizes() for layer in layers]
-    candidates = [
-        _collect(layer, window, softmax_scale) for layer, (window, _) in zip(layers, sizes, strict=True)
-    ]
+    candidates = [_collect(layer, window, softmax_scale) for layer, (window, _) in zip(layers, sizes, strict=True)]
     scope = layers[0].config.scope
     if scope == "global":
         tiers = _decide_shared(layers, candidates, sizes)
     elif scope == "layer":
-        tiers = [
-            _decide_shared([x], [c], [s])[0] for x, c, s in zip(layers, candidates, sizes, strict=True)
-        ]
+        tiers = [_decide_shared([x], [c], [s])[0] for x, c, s in zip(layers, candidates, sizes, strict=True)]
     else:
         tiers = [_decide_per_head(x, c, s) for x, c, s in zip(layers, candidates, sizes, strict=True)]
     for layer, found, chosen, size in zip(layers, candidates, tiers, sizes, strict=True):
@@ -165,17 +165,19 @@ def _decide_shared(
 ) -> list[torch.Tensor]:
     """One decision for all heads of all ``layers``: a token is as important as its best rank in any of them.
 
-    Scores of different heads are not comparable, ranks are. All heads hold the same records, since all decisions were shared.
+    Scores of different heads are not comparable, ranks are. All heads hold the same records, since all decisions
+    were shared.
     """
-    rank = None
+    rank: torch.Tensor | None = None
+    budgets = _record_budget(layers[0], sizes[0])
     for layer, candidates in zip(layers, found, strict=True):
         order = candidates.positions.argsort(dim=-1, stable=True)
         scores = candidates.scores.gather(-1, order)
         place = scores.argsort(dim=-1, stable=True).argsort(-1).float()
         place = place.masked_fill(scores == -torch.inf, -torch.inf).amax(1)
         rank = place if rank is None else torch.maximum(rank, place)
-        budget = _record_budget(layer, sizes[0])
-        budgets = budget if layer is layers[0] else torch.minimum(budgets, budget)
+        budgets = torch.minimum(budgets, _record_budget(layer, sizes[0]))
+    assert rank is not None
     out = []
     for layer, candidates in zip(layers, found, strict=True):
         order = candidates.positions.argsort(dim=-1, stable=True)

@@ -68,8 +68,8 @@ class CacheConfig:
 
     @classmethod
     def create(
-        cls, geometry: ModelGeometry, *, budget: float | str | None | Budget, policy: str | Policy, tiers: Sequence[int],
-        sinks: int, window: int, scope: str, levels: str, mean_shift: bool,
+        cls, geometry: ModelGeometry, *, budget: float | str | Budget | None, policy: str | Policy,
+        tiers: Sequence[int], sinks: int, window: int, scope: str, levels: str, mean_shift: bool,
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
         if scope not in SCOPES:
@@ -81,7 +81,9 @@ class CacheConfig:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
         policy = get_policy(policy)
         if scope == "global" and len(set(geometry.sliding_windows)) > 1:
-            raise ValueError("scope must be head or layer for a model that mixes full and sliding attention; got 'global'")
+            raise ValueError(
+                "scope must be head or layer for a model that mixes full and sliding attention; got 'global'"
+            )
         config = cls(
             budget=parse_budget(budget),
             policy=policy,
@@ -115,8 +117,8 @@ class CacheConfig:
             limit = self.budget.limit(batch * self.full_bytes(g.max_positions))
         if limit is not None and limit < need:
             raise ValueError(
-                f"budget must be at least {need:,} bytes: {self.num_sinks} sinks, {dense - self.num_sinks} recent tokens "
-                f"and the mean keys of {batch} sequence(s) need them; got {limit:,} bytes"
+                f"budget must be at least {need:,} bytes: {self.num_sinks} sinks, {dense - self.num_sinks} recent "
+                f"tokens and the mean keys of {batch} sequence(s) need them; got {limit:,} bytes"
             )
 
     def layer_budget(self, tokens: int, batch: int, num_kv_heads: int) -> int:
@@ -135,7 +137,8 @@ class CacheConfig:
     def dense_sizes(self, layer_budget: int, num_kv_heads: int, itemsize: int) -> tuple[int, int]:
         """(window, block): newest tokens kept dense, and how many more may gather before they are packed.
 
-        The window shrinks, down to MIN_WINDOW, where sinks, window and block would take more than DENSE_SHARE of the bytes.
+        The window shrinks, down to MIN_WINDOW, where sinks, window and block would take more than DENSE_SHARE of the
+        bytes.
         """
         per_token = num_kv_heads * self.geometry.head_dim * len(self.buffers) * itemsize + 4
         room = int(DENSE_SHARE * layer_budget) // per_token - self.num_sinks

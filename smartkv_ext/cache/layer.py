@@ -21,8 +21,13 @@ class SmartKVLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
+    # Absent until the first keys tell their shape (is_initialized).
+    window: DenseWindow
+    store: PagedStore
+    row_tokens: torch.Tensor  # (batch,) int64: tokens that are not padding
+
     def __init__(self, config: CacheConfig, layer_idx: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.config, self.layer_idx = config, layer_idx
         self.sliding_window = config.geometry.sliding_windows[layer_idx]
         self.is_sliding = self.sliding_window > 0
@@ -31,9 +36,8 @@ class SmartKVLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self.seen = 0  # logical length: every token ever given, padding included
-        self.row_tokens: torch.Tensor | None = None  # (batch,) int64 tokens that are not padding
-        self.window: DenseWindow | None = None
-        self.store: PagedStore | None = None
+        for name in ("window", "store", "row_tokens"):
+            self.__dict__.pop(name, None)
         self.state: dict[str, torch.Tensor] = {}  # of the policy
         self.queries: torch.Tensor | None = None  # newest queries, for policies that ask for them
         self.head_offset = 0
@@ -64,7 +68,7 @@ class SmartKVLayer(CacheLayerMixin):
         """Called by the patched model just before update(): proof that our attention function will run."""
         self._handed_over = True
 
-    @torch.compiler.disable  # the first call allocates
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the first call allocates
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +109,7 @@ class SmartKVLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 before the first token."""
-        return self.window.shape[0] if self.window is not None else -1
+        return self.window.shape[0] if self.is_initialized else -1
 
     max_batch_size = batch_size
 
@@ -151,7 +155,7 @@ class SmartKVLayer(CacheLayerMixin):
         if self.queries is not None:
             self.queries = self.queries.index_select(0, index)
 
-    reorder_cache = index_select
+    reorder_cache = index_select  # type: ignore[assignment]
     batch_select_indices = index_select
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -172,7 +176,8 @@ class SmartKVLayer(CacheLayerMixin):
     ) -> None:
         """Add new tokens to the window.
 
-        k, v and, if the policy needs it, pre_rope (batch, num_kv_heads, q_len, head_dim); valid (batch, q_len) bool or None.
+        k, v and, if the policy needs it, pre_rope (batch, num_kv_heads, q_len, head_dim); valid (batch, q_len) bool
+        or None.
         """
         new = {"k": k, "v": v}
         if self.config.policy.needs_pre_rope_keys:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Bytes and tokens of a cache. ``parts`` adds up to ``total_bytes``; ``full_bytes`` is the bf16 cache of the same tokens."""
+    """Bytes and tokens of a cache. ``parts`` adds up to ``total_bytes``; ``full_bytes`` is the bf16 cache of the
+    same tokens."""
 
     total_bytes: int
     full_bytes: int
@@ -57,7 +58,8 @@ def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
         "block tables": store.block_table.nbytes,
         "lengths": store.cache_seqlens.nbytes + layer.row_tokens.nbytes,
         "means": store.k_mean.nbytes,
-        "policy state": sum(x.nbytes for x in layer.state.values()) + (0 if layer.queries is None else layer.queries.nbytes),
+        "policy state": sum(x.nbytes for x in layer.state.values())
+        + (0 if layer.queries is None else layer.queries.nbytes),
     }
     records = store.cache_seqlens.sum((0, 1)).tolist()
     for count, pool, layout in zip(records, store.pools, store.layouts, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from smartkv_ext import ops
@@ -51,7 +53,7 @@ class PagedStore:
         """(batch, num_kv_heads, num_tiers, max_pages * 64) float32, -inf in empty slots."""
         return self._gather(page_scores).float().masked_fill_(~self.slot_mask(), -torch.inf)
 
-    def _gather(self, section) -> torch.Tensor:
+    def _gather(self, section: Callable[[torch.Tensor, PageLayout], torch.Tensor]) -> torch.Tensor:
         parts = []
         for t, (pool, layout) in enumerate(zip(self.pools, self.layouts, strict=True)):
             view = section(pool, layout)
@@ -91,8 +93,10 @@ class PagedStore:
     def update(self, targets: torch.Tensor | None, new: dict[str, torch.Tensor] | None) -> None:
         """Move, demote and evict the present records, then pack new tokens.
 
-        targets: (batch, num_kv_heads, num_tiers, max_pages * 64) int8, as for ``ops.compact_kv``; None: leave all as is.
-        new: k, v (batch, num_kv_heads, n, head_dim); positions int32, scores float32, tiers int8 (batch, num_kv_heads, n).
+        targets: (batch, num_kv_heads, num_tiers, max_pages * 64) int8, as for ``ops.compact_kv``; None: leave all as
+        is.
+        new: k, v (batch, num_kv_heads, n, head_dim); positions int32, scores float32, tiers int8 (batch,
+        num_kv_heads, n).
         """
         tiers = range(len(self.spec.tiers))
         if targets is None:

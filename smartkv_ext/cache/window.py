@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 
 class DenseWindow:
-    """Slots [0, sink_slots) hold the first tokens once they have left the window; then come the newest tokens, in order.
+    """Slots [0, sink_slots) hold the first tokens once they have left the window; then come the newest tokens, in
+    order.
 
     ``buffers`` are (batch, num_kv_heads, capacity, head_dim) tensors by name: "k", "v" and, for policies that score it,
     "pre_rope" (the key before its rotation).

@@ -1,5 +1,5 @@
 """Integration into stock transformers models."""
 
-from .patch import PatchHandle, patch
+from .patching import PatchHandle, patch
 
 __all__ = ["PatchHandle", "patch"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,8 +28,8 @@ def smartkv_attention(
     smartkv_pre_rope: PreRopeKeys | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (batch, num_heads, q_len, head_dim); key, value (batch, num_kv_heads, kv_len, head_dim) -> (batch, q_len, num_heads,
-    head_dim), None. Attention weights are never returned, as with sdpa.
+    """query (batch, num_heads, q_len, head_dim); key, value (batch, num_kv_heads, kv_len, head_dim) -> (batch,
+    q_len, num_heads, head_dim), None. Attention weights are never returned, as with sdpa.
 
     Without a SmartKVCache (training, DynamicCache, no cache) this is sdpa.
     """
@@ -39,30 +39,57 @@ def smartkv_attention(
     if smartkv_cache is None:
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, sliding_window or 0, **kwargs)
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise NotImplementedError("output_attentions must be False with a SmartKVCache: attention weights never exist whole")
+        raise NotImplementedError(
+            "output_attentions must be False with a SmartKVCache: attention weights never exist whole"
+        )
     if attention_mask is not None and attention_mask.dim() != 2:  # transformers hands custom masks through untouched
         raise NotImplementedError(
-            f"attention_mask must be 2D (batch, length) with a SmartKVCache; got {attention_mask.dim()}D: custom masks are "
-            "supported without a SmartKVCache only"
+            f"attention_mask must be 2D (batch, length) with a SmartKVCache; got {attention_mask.dim()}D: "
+            "custom masks are supported without a SmartKVCache only"
         )
-    return _cached(module, query, key, value, attention_mask, scaling, smartkv_cache, smartkv_pre_rope, **kwargs)
-
-
-def _sdpa(module, query, key, value, padding, scaling, dropout, sliding_window, **kwargs):  # type: ignore[no-untyped-def]
-    if padding is None or padding.dim() == 2:
-        padding = dense_mask(padding, query.shape[2], key.shape[2], sliding_window, query.device)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, padding, dropout=dropout, scaling=scaling, is_causal=padding is None, **kwargs
+    return cast(
+        tuple[torch.Tensor, None],
+        _cached(module, query, key, value, attention_mask, scaling, smartkv_cache, smartkv_pre_rope, **kwargs),
     )
 
 
-@torch.compiler.disable  # packing depends on lengths that change every step: traced, each would be a new graph
-def _cached(module, query, key, value, attention_mask, scaling, cache, pre_rope, **kwargs):  # type: ignore[no-untyped-def]
-    layer = cache.layers[module.layer_idx]
+def _sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sliding_window: int,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if padding is None or padding.dim() == 2:
+        padding = dense_mask(padding, query.shape[2], key.shape[2], sliding_window, query.device)
+    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, padding, dropout=dropout, scaling=scaling, is_causal=padding is None, **kwargs
+    )
+    return out, None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # packing depends on lengths that change every step: traced, each would be a new graph
+def _cached(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding: torch.Tensor | None,
+    scaling: float,
+    cache: SmartKVCache,
+    pre_rope: PreRopeKeys | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    layer_idx = cast(int, module.layer_idx)
+    layer = cache.layers[layer_idx]
     q_len, start = query.shape[2], layer.seen
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         query, key, value = query.detach(), key.detach(), value.detach()
-    valid = None if attention_mask is None else attention_mask[:, -q_len:]
+    valid = None if padding is None else padding[:, -q_len:]
     if key.shape[1] != cache.smartkv_config.geometry.num_kv_heads:
         layer.head_offset = _first_local_head(module, key.shape[1])
     try:
@@ -72,7 +99,7 @@ def _cached(module, query, key, value, attention_mask, scaling, cache, pre_rope,
             out, _ = _sdpa(module, query, key, value, valid, scaling, 0.0, layer.sliding_window, **kwargs)
         else:
             out = layer.attend(query, scaling)[0].transpose(1, 2)
-        cache.after_attention(module.layer_idx, scaling)
+        cache.after_attention(layer_idx, scaling)
     except Exception:
         cache.rollback(start)  # a failed step leaves the cache as it was
         raise
@@ -81,5 +108,5 @@ def _cached(module, query, key, value, attention_mask, scaling, cache, pre_rope,
 
 def _first_local_head(module: torch.nn.Module, local_heads: int) -> int:
     """Index of this rank's first KV head under tensor parallelism: policies that know heads by number need it."""
-    mesh = getattr(module.k_proj.weight, "device_mesh", None)
+    mesh = getattr(cast(torch.nn.Linear, module.k_proj).weight, "device_mesh", None)
     return 0 if mesh is None else mesh.get_local_rank() * local_heads

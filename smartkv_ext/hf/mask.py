@@ -13,8 +13,8 @@ def smartkv_mask(
 ) -> torch.Tensor | None:
     """The (batch, kv_length) bool padding mask, or None where nothing is padded.
 
-    Registered under the attention's own name: without it transformers would pass no mask at all, and left padding would be
-    ignored without a word.
+    Registered under the attention's own name: without it transformers would pass no mask at all, and left padding
+    would be ignored without a word.
     """
     if attention_mask is None:
         return None
@@ -29,8 +29,8 @@ def dense_mask(
 ) -> torch.Tensor | None:
     """(batch or 1, 1, q_len, kv_len) bool for sdpa; None where sdpa's own causal mask says the same.
 
-    Every query may see itself, padding included: a row that sees nothing would become NaN, and NaN times zero is NaN in the
-    next layer.
+    Every query may see itself, padding included: a row that sees nothing would become NaN, and NaN times zero is NaN
+    in the next layer.
     """
     if padding is None and q_len == kv_len and not (0 < sliding_window < kv_len):
         return None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from smartkv_ext.cache import SmartKVCache
 
@@ -30,7 +30,7 @@ def _before_attention(
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, SmartKVCache):
         return None
-    cache.layers[module.layer_idx].hand_over()
+    cache.layers[cast(int, module.layer_idx)].hand_over()
     if cache.smartkv_config.policy.needs_pre_rope_keys:
         kwargs["smartkv_pre_rope"] = capture(module)
     return args, {**kwargs, "smartkv_cache": cache}
@@ -46,7 +46,7 @@ def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
 class PatchHandle:
     """Undoes ``patch``: call ``remove()``, or use it as a context manager."""
 
-    def __init__(self, model: nn.Module, previous: str, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    def __init__(self, model: PreTrainedModel, previous: str, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
         self._model, self._previous, self._hooks = model, previous, hooks
 
     def remove(self) -> None:
@@ -66,11 +66,12 @@ class PatchHandle:
         self.remove()
 
 
-def patch(model: nn.Module) -> PatchHandle:
+def patch(model: PreTrainedModel) -> PatchHandle:
     """Let ``model`` (Qwen2, Qwen2.5, Qwen3, Llama, Mistral of transformers) run with a SmartKVCache.
 
-    The model's files and forward methods stay as they are: an attention and a mask function are registered and chosen, and a
-    forward pre-hook hands the cache to them. With any other cache, or none, the model computes plain sdpa attention.
+    The model's files and forward methods stay as they are: an attention and a mask function are registered and
+    chosen, and a forward pre-hook hands the cache to them. With any other cache, or none, the model computes plain
+    sdpa attention.
 
     Raises:
         TypeError: not a transformers model.

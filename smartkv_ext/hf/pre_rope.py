@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class PreRopeKeys:
 
 def key_source(attention: nn.Module) -> nn.Module:
     """The submodule whose output is the pre-RoPE key."""
-    return attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+    return cast(nn.Module, attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj)
 
 
 def capture(attention: nn.Module) -> PreRopeKeys:

@@ -23,9 +23,7 @@ def received_attention(view: TokenView, newest: int) -> tuple[torch.Tensor, int]
     q_len = queries.shape[2]
     lse = None if view.lse is None else view.lse[:, :, -newest:].contiguous()
     start = view.q_start + view.queries.shape[2] - q_len
-    mass = ops.attention_mass(
-        queries, view.keys, view.positions, start, view.softmax_scale, view.sliding_window, lse
-    )
+    mass = ops.attention_mass(queries, view.keys, view.positions, start, view.softmax_scale, view.sliding_window, lse)
     return mass, q_len
 
 
@@ -33,8 +31,9 @@ def received_attention(view: TokenView, newest: int) -> tuple[torch.Tensor, int]
 class SnapKV(Policy):
     """Attention from the last queries, max-pooled along the sequence (Li et al. 2024, section 4).
 
-    The paper compresses a prompt once. While decoding, our extension: the newest ``decode_queries`` queries are the observation
-    window, and a packed record's score is the larger of what it receives now and its old score times ``decay``.
+    The paper compresses a prompt once. While decoding, our extension: the newest ``decode_queries`` queries are the
+    observation window, and a packed record's score is the larger of what it receives now and its old score times
+    ``decay``.
     """
 
     name: ClassVar[str] = "snapkv"

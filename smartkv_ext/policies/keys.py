@@ -20,15 +20,17 @@ class Knorm(Policy):
     source: ClassVar[str] = "Devoto et al. 2024, A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression"
 
     def score(self, view: TokenView) -> torch.Tensor:
-        return -view.keys.float().norm(dim=-1)
+        norm: torch.Tensor = torch.linalg.vector_norm(view.keys.float(), dim=-1)
+        return -norm
 
 
 @dataclass(frozen=True)
 class KeyDiff(Policy):
     """score = -cos(k, anchor), anchor = mean of the normalised keys: distinctive keys stay (Park et al. 2025, alg. 1).
 
-    The anchor is the mean over *all* tokens seen, kept as a running sum: state "keydiff_anchor" (batch, num_kv_heads, head_dim)
-    of unit keys; "keydiff_seen" (batch,) is the position up to which it sums, since the window is shown again at every call.
+    The anchor is the mean over *all* tokens seen, kept as a running sum: state "keydiff_anchor" (batch,
+    num_kv_heads, head_dim) of unit keys; "keydiff_seen" (batch,) is the position up to which it sums, since the
+    window is shown again at every call.
     """
 
     name: ClassVar[str] = "keydiff"

@@ -17,7 +17,8 @@ def recency(view: TokenView) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keep every token; under a budget, newer ones at more bits. The cache refuses a budget that cannot hold all of them."""
+    """Keep every token; under a budget, newer ones at more bits. The cache refuses a budget that cannot hold all of
+    them."""
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "keep every token, the budget only chooses its bits"
@@ -55,7 +56,8 @@ class StreamingLLM(Policy):
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """A hash of (seed, layer, KV head, position): uniform in [0, 1), the same however the tokens were grouped or sharded."""
+    """A hash of (seed, layer, KV head, position): uniform in [0, 1), the same however the tokens were grouped or
+    sharded."""
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "a hash of the position: the baseline"

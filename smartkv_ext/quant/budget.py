@@ -23,7 +23,7 @@ class Budget:
         return self.num_bytes
 
 
-def parse_budget(budget: float | str | None | Budget) -> Budget:
+def parse_budget(budget: float | str | Budget | None) -> Budget:
     """Read what users write. Raises ValueError (bad value) or TypeError (bad type), naming what is accepted."""
     if budget is None or isinstance(budget, Budget):
         return budget or Budget()

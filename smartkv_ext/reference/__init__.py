@@ -1,4 +1,5 @@
-"""fp32 PyTorch specification of every op: slow, plain, and what all kernels are tested against. Depends on torch alone."""
+"""fp32 PyTorch specification of every op: slow, plain, and what all kernels are tested against. Depends on torch
+alone."""
 
 from .attention import attention_mass, decode_attention, merge_states
 from .gate import gate_score

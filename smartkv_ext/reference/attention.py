@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .layout import PAGE_SIZE, page_layout, page_positions
@@ -13,21 +15,21 @@ def _gather_pages(pool: torch.Tensor, table: torch.Tensor, length: int) -> torch
 
 
 def decode_attention(
-    q,
-    pools,
-    block_table,
-    cache_seqlens,
-    k_mean,
-    k_window,
-    v_window,
-    window_positions,
+    q: torch.Tensor,
+    pools: Sequence[torch.Tensor],
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    k_mean: torch.Tensor,
+    k_window: torch.Tensor,
+    v_window: torch.Tensor,
+    window_positions: torch.Tensor,
     q_start: int,
-    tier_bits,
+    tier_bits: Sequence[int],
     levels: str,
     softmax_scale: float,
     sliding_window: int = 0,
     return_mass: bool = False,
-):
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See smartkv_ext.ops.decode_attention. Plain softmax over the dequantised tokens of each head."""
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, num_tiers, max_pages = block_table.shape[1:]
@@ -44,7 +46,12 @@ def decode_attention(
                 n = int(cache_seqlens[b, h, t])
                 pages = _gather_pages(pools[t], block_table[b, h, t], n)[None, None]
                 k, v = dequantize_kv(
-                    pages, k_mean[b : b + 1, h : h + 1], head_dim, bits, levels, q.dtype if bits == 16 else torch.float32
+                    pages,
+                    k_mean[b : b + 1, h : h + 1],
+                    head_dim,
+                    bits,
+                    levels,
+                    q.dtype if bits == 16 else torch.float32,
                 )
                 layout = page_layout(bits, head_dim, q.element_size())
                 keys.append(k[0, 0, :n].float())
@@ -73,7 +80,15 @@ def decode_attention(
     return out.to(q.dtype), lse, mass, window_mass
 
 
-def attention_mass(q, k, k_positions, q_start: int, softmax_scale: float, sliding_window: int = 0, lse=None):
+def attention_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_positions: torch.Tensor,
+    q_start: int,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See smartkv_ext.ops.attention_mass."""
     groups = q.shape[1] // k.shape[1]
     q_positions = torch.arange(q_start, q_start + q.shape[2], device=q.device)
@@ -85,10 +100,11 @@ def attention_mass(q, k, k_positions, q_start: int, softmax_scale: float, slidin
     scores = scores.masked_fill(~allowed, -torch.inf)
     lse = scores.logsumexp(-1) if lse is None else lse
     probs = torch.exp(scores - lse.clamp(min=torch.finfo(torch.float32).min)[..., None])
-    return probs.sum(2).unflatten(1, (k.shape[1], groups)).sum(2)
+    mass: torch.Tensor = probs.sum(2).unflatten(1, (k.shape[1], groups)).sum(2)
+    return mass
 
 
-def merge_states(o, lse):
+def merge_states(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See smartkv_ext.ops.merge_states."""
     merged = lse.logsumexp(0)
     weight = torch.exp(lse - merged.clamp(min=torch.finfo(torch.float32).min))

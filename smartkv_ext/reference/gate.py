@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
-def gate_score(keys, weights, biases):
+def gate_score(
+    keys: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """See smartkv_ext.ops.gate_score. ReLU between the layers, none after the last."""
     out = []
     for layer, key in enumerate(keys):

@@ -5,8 +5,9 @@ The pure-Python twin of ``csrc/include/smartkv/layout.h``; a test holds them equ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -41,7 +42,7 @@ class PageLayout:
     page_bytes: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def page_layout(bits: int, head_dim: int, itemsize: int = 2) -> PageLayout:
     """Sections in order: K codes, V codes, K scales, V scales, positions, scores."""
     check_format(bits, head_dim)
@@ -76,7 +77,7 @@ def check_format(bits: int, head_dim: int) -> None:
         raise ValueError(f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}; got {head_dim}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def plane_index(head_dim: int, width: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(byte offset in the plane (64, head_dim), bit shift (head_dim,)) of each code, for kind "k" or "v".
 
@@ -95,7 +96,7 @@ def plane_index(head_dim: int, width: int, kind: str) -> tuple[torch.Tensor, tor
     return offset, u * width
 
 
-def _planes(head_dim: int, bits: int, kind: str):
+def _planes(head_dim: int, bits: int, kind: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
     base = low = 0
     for width in PLANES[bits]:
         offset, shift = plane_index(head_dim, width, kind)

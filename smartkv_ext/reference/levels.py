@@ -8,7 +8,7 @@ uniform, level = code - 128: there the codebook gains nothing.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -25,7 +25,7 @@ _LLOYD_MAX = {
 RELATIVE_DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497, 8: 4.0e-5, 16: 0.0}
 
 
-@lru_cache(maxsize=None)
+@cache
 def level_table(bits: int, levels: str) -> torch.Tensor:
     """(2**bits,) float32 of integer-valued levels, ascending."""
     if levels not in LEVELS:
@@ -33,9 +33,9 @@ def level_table(bits: int, levels: str) -> torch.Tensor:
     if bits == 8:
         return torch.arange(256, dtype=torch.float32) - 128
     if levels == "uniform":
-        return 2 * torch.arange(2**bits, dtype=torch.float32) - (2**bits - 1)
-    half = torch.tensor(_LLOYD_MAX[bits], dtype=torch.float64)
-    half = torch.round(127 * half / half[-1]).float()
+        return torch.arange(1 - 2**bits, 2**bits, 2, dtype=torch.float32)
+    half: torch.Tensor = torch.tensor(_LLOYD_MAX[bits], dtype=torch.float64)
+    half = torch.round(half * 127 / half[-1]).float()
     return torch.cat([-half.flip(0), half])
 
 

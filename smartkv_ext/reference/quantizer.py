@@ -1,10 +1,13 @@
 """fp32 reference of quantize_kv, dequantize_kv, append_kv and compact_kv.
 
 Encoding of a vector x (key minus the head's mean key, or value): y = H x, code = nearest level of y / scale0, then the
-least-squares scale for those codes, stored as float16. Nothing is shared between records: each can be moved or demoted alone.
+least-squares scale for those codes, stored as float16. Nothing is shared between records: each can be moved or
+demoted alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -65,7 +68,10 @@ def _write(pages: torch.Tensor, layout: PageLayout, slot: int, record: dict[str,
 
 def _read(pages: torch.Tensor, layout: PageLayout, slot: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Inverse of _write."""
-    record = {"position": page_positions(pages, layout)[slot].clone(), "score": page_scores(pages, layout)[slot].clone()}
+    record = {
+        "position": page_positions(pages, layout)[slot].clone(),
+        "score": page_scores(pages, layout)[slot].clone(),
+    }
     for kind, start in (("k", layout.k_codes), ("v", layout.v_codes)):
         section = pages[start : start + layout.v_codes]
         if layout.bits == 16:
@@ -77,7 +83,15 @@ def _read(pages: torch.Tensor, layout: PageLayout, slot: int, dtype: torch.dtype
     return record
 
 
-def _record(k, v, k_mean, position, score, bits: int, levels: str) -> dict[str, torch.Tensor]:
+def _record(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    position: torch.Tensor,
+    score: torch.Tensor,
+    bits: int,
+    levels: str,
+) -> dict[str, torch.Tensor]:
     """Encode one token (head_dim,) for a tier."""
     record = {"k": k, "v": v, "position": position, "score": score}
     if bits < 16:
@@ -87,16 +101,27 @@ def _record(k, v, k_mean, position, score, bits: int, levels: str) -> dict[str, 
     return record
 
 
-def quantize_kv(k, v, k_mean, positions, scores, bits: int, levels: str) -> torch.Tensor:
+def quantize_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    bits: int,
+    levels: str,
+) -> torch.Tensor:
     """See smartkv_ext.ops.quantize_kv."""
     batch, heads, kv_len, head_dim = k.shape
     layout = page_layout(bits, head_dim, k.element_size())
     num_pages = -(-kv_len // PAGE_SIZE)
     pad = num_pages * PAGE_SIZE - kv_len
     pages = torch.zeros(batch, heads, num_pages, layout.page_bytes, dtype=torch.uint8, device=k.device)
-    paged = lambda x, value=0: torch.nn.functional.pad(  # noqa: E731
-        x, (*(0, 0) * (x.dim() - 3), 0, pad), value=value
-    ).unflatten(2, (num_pages, PAGE_SIZE))
+
+    def paged(x: torch.Tensor, value: int = 0) -> torch.Tensor:
+        padding = (*(0, 0) * (x.dim() - 3), 0, pad)
+        out: torch.Tensor = torch.nn.functional.pad(x, padding, value=value).unflatten(2, (num_pages, PAGE_SIZE))
+        return out
+
     valid = paged(torch.ones_like(positions, dtype=torch.bool))
     page_positions(pages, layout).copy_(paged(positions, -1))
     page_scores(pages, layout).copy_(paged(scores.to(torch.bfloat16)))
@@ -114,7 +139,9 @@ def quantize_kv(k, v, k_mean, positions, scores, bits: int, levels: str) -> torc
     return pages
 
 
-def dequantize_kv(pages, k_mean, head_dim: int, bits: int, levels: str, dtype: torch.dtype):
+def dequantize_kv(
+    pages: torch.Tensor, k_mean: torch.Tensor, head_dim: int, bits: int, levels: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See smartkv_ext.ops.dequantize_kv."""
     layout = page_layout(bits, head_dim, dtype.itemsize)
     if bits == 16:
@@ -130,7 +157,17 @@ def dequantize_kv(pages, k_mean, head_dim: int, bits: int, levels: str, dtype: t
 
 
 def append_kv(
-    pools, block_table, cache_seqlens, k, v, k_mean, positions, scores, tiers, tier_bits, levels: str
+    pools: Sequence[torch.Tensor],
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    tiers: torch.Tensor,
+    tier_bits: Sequence[int],
+    levels: str,
 ) -> None:
     """See smartkv_ext.ops.append_kv."""
     batch, heads, new, head_dim = k.shape
@@ -150,7 +187,9 @@ def append_kv(
                 cache_seqlens[b, h, t] = n + 1
 
 
-def _demote(record, k_mean, bits: int, new_bits: int, levels: str):
+def _demote(
+    record: dict[str, torch.Tensor], k_mean: torch.Tensor, bits: int, new_bits: int, levels: str
+) -> dict[str, torch.Tensor]:
     """Re-encode a record for a lower tier; quantised records stay in the rotated space."""
     if bits == 16:
         return _record(record["k"], record["v"], k_mean, record["position"], record["score"], new_bits, levels)
@@ -161,7 +200,16 @@ def _demote(record, k_mean, bits: int, new_bits: int, levels: str):
     return out
 
 
-def compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels: str, dtype) -> None:
+def compact_kv(
+    pools: Sequence[torch.Tensor],
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    targets: torch.Tensor,
+    k_mean: torch.Tensor,
+    tier_bits: Sequence[int],
+    levels: str,
+    dtype: torch.dtype,
+) -> None:
     """See smartkv_ext.ops.compact_kv. Tiers are in ascending bits, so demotions always go to a smaller index."""
     head_dim = k_mean.shape[-1]
     layouts = [page_layout(bits, head_dim, dtype.itemsize) for bits in tier_bits]
@@ -169,7 +217,7 @@ def compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, le
     for b in range(batch):
         for h in range(heads):
 
-            def slot(t, i, b=b, h=h):
+            def slot(t: int, i: int, b: int = b, h: int = h) -> tuple[torch.Tensor, PageLayout, int]:
                 return pools[t][int(block_table[b, h, t, i // PAGE_SIZE])], layouts[t], i % PAGE_SIZE
 
             lengths = [int(n) for n in cache_seqlens[b, h]]
@@ -189,7 +237,9 @@ def compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, le
                 for s in range(num_tiers - 1, t, -1):  # then the demoted, from the highest tier down
                     for i in range(lengths[s]):
                         if int(targets[b, h, s, i]) == t:
-                            record = _demote(_read(*slot(s, i), dtype), k_mean[b, h], tier_bits[s], tier_bits[t], levels)
+                            record = _demote(
+                                _read(*slot(s, i), dtype), k_mean[b, h], tier_bits[s], tier_bits[t], levels
+                            )
                             _write(*slot(t, n), record)
                             n += 1
                 cache_seqlens[b, h, t] = n

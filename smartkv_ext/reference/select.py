@@ -1,21 +1,25 @@
 """Reference of select_kv: one decision per token, evict or a tier, under a byte budget.
 
-The page is the unit of allocation: a page's bytes are paid whole, so the plan buys whole pages. Tokens are ranked by score;
-rank r is assumed to matter like 1 / (r + zipf_offset) (attention received is heavy-tailed), a tier costs page_bytes and leaves
-the relative distortion of its quantiser, and pages are bought where weight x distortion removed / byte is greatest: the greedy
-solution, optimal on the convex hull up to one page, of the Lagrangian rate-distortion problem (Shoham and Gersho, 1988).
+The page is the unit of allocation: a page's bytes are paid whole, so the plan buys whole pages. Tokens are ranked by
+score; rank r is assumed to matter like 1 / (r + zipf_offset) (attention received is heavy-tailed), a tier costs
+page_bytes and leaves the relative distortion of its quantiser, and pages are bought where weight x distortion removed
+/ byte is greatest: the greedy solution, optimal on the convex hull up to one page, of the Lagrangian rate-distortion
+problem (Shoham and Gersho, 1988).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from .layout import PAGE_SIZE
 
 
-def upgrade_path(page_bytes: list[int], distortion: list[float], evict_distortion: float) -> list[tuple[int, int, float]]:
+def upgrade_path(
+    page_bytes: Sequence[int], distortion: Sequence[float], evict_distortion: float
+) -> list[tuple[int, int, float]]:
     """Lower convex hull from "evicted" through the tiers: [(tier, extra bytes, distortion removed per byte)]."""
     path: list[tuple[int, int, float]] = []
     tier, size, error = -1, 0, evict_distortion
@@ -32,7 +36,12 @@ def upgrade_path(page_bytes: list[int], distortion: list[float], evict_distortio
 
 
 def plan_pages(
-    num_tokens: int, budget: int, page_bytes: list[int], distortion: list[float], evict_distortion: float, zipf_offset: float
+    num_tokens: int,
+    budget: int,
+    page_bytes: Sequence[int],
+    distortion: Sequence[float],
+    evict_distortion: float,
+    zipf_offset: float,
 ) -> list[int]:
     """Pages to buy per tier for num_tokens ranked tokens."""
     path = upgrade_path(page_bytes, distortion, evict_distortion)
@@ -58,8 +67,14 @@ def plan_pages(
 
 
 def select_kv(
-    scores, current, budgets, page_bytes, distortion, evict_distortion: float = 1.0, zipf_offset: float = 64.0
-):
+    scores: torch.Tensor,
+    current: torch.Tensor,
+    budgets: torch.Tensor,
+    page_bytes: Sequence[int],
+    distortion: Sequence[float],
+    evict_distortion: float = 1.0,
+    zipf_offset: float = 64.0,
+) -> torch.Tensor:
     """See smartkv_ext.ops.select_kv."""
     groups, heads, n = scores.shape
     num_tiers = len(page_bytes)
@@ -88,7 +103,7 @@ def select_kv(
     return out
 
 
-def _place(out, g: int, h: int, i: int, current: int, slots: list[int], pages: list[int]) -> bool:
+def _place(out: torch.Tensor, g: int, h: int, i: int, current: int, slots: list[int], pages: list[int]) -> bool:
     """Highest tier not above the token's present one that still has room; opens a page where the head's is full."""
     for t in range(min(current, len(pages) - 1), -1, -1):
         if slots[t] == 0 and pages[t] > 0:
