@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from .errors import CliError
@@ -30,3 +31,28 @@ def plant(text: str, note: str, at: float = NOTE_AT) -> str:
     place = text.find("\n\n", int(at * len(text)))
     place = len(text) if place < 0 else place
     return f"{text[:place]}\n\n{note}{text[place:]}"
+
+
+def run_demo(session: Any, json_line: bool) -> None:
+    """Say what is shown, show it, say what came out."""
+    session.load()
+    document = plant(language_reference(session.tokenizer), NOTE)
+    share = session.settings.budget
+    session.out.print(
+        f"The document is a part of Python's language reference, about {NUM_TOKENS:,} tokens long. One fifth into it "
+        f"stands a note:\n\n  {NOTE}\n\n"
+        f"The model reads it once, and its key-value cache is compressed (budget {share}, policy "
+        f"{session.settings.policy}) before the question is known:\n\n  {QUESTION}\n\n"
+        "Then the same with the full cache.\n",
+        markup=False,
+    )
+    result = session.answer(document, QUESTION, compare=True, json_line=False)
+    report, full = result["smartkv"]["after_answer"], result["full"]["after_answer"]
+    same = "The two answers agree." if result["same_answer"] else "The two answers do not agree."
+    session.out.print(
+        f"{same} The compressed cache holds {report['total_bytes']:,} bytes, {100 * report['ratio']:.1f} % of the "
+        f"{full['full_bytes']:,} bytes of a full bf16 cache of as many tokens.",
+        markup=False,
+    )
+    if json_line:
+        print(json.dumps(result), flush=True)

@@ -1,4 +1,4 @@
-"""What goes wrong is said in one sentence, with exit code 2 (you asked for something odd) or 1 (it could not be done)."""
+"""What goes wrong is said in one sentence; exit code 2: an argument cannot be right, 1: it could not be done."""
 
 from __future__ import annotations
 

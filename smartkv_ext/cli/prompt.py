@@ -80,6 +80,7 @@ def check_length(prompt: Prompt, max_new_tokens: int, context: int | None) -> No
     total = prompt.num_tokens + max_new_tokens
     if context is not None and total > context:
         raise UsageError(
-            f"the document is too long for the model's context of {context:,} tokens: {prompt.document.shape[1]:,} of the "
-            f"document, {prompt.question.shape[1]:,} of the question and up to {max_new_tokens:,} of the answer are {total:,}"
+            f"the document is too long for the model's context of {context:,} tokens: {prompt.document.shape[1]:,} "
+            f"of the document, {prompt.question.shape[1]:,} of the question and up to {max_new_tokens:,} of the answer "
+            f"are {total:,}"
         )

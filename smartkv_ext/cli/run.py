@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 import smartkv_ext
 from smartkv_ext.cache import CacheReport, SmartKVCache
-from smartkv_ext.hf.patch import attention_modules
+from smartkv_ext.hf.patching import attention_modules
 
 from .prompt import Prompt
 
@@ -93,7 +93,8 @@ def describe(cache: Cache) -> dict[str, Any]:
     if isinstance(cache, SmartKVCache):
         report: CacheReport = cache.report()
         return report.to_dict()
-    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    layers: Any = cache.layers
+    tensors: list[torch.Tensor] = [x for layer in layers for x in (layer.keys, layer.values)]
     return {
         "total_bytes": sum(x.nbytes for x in tensors),
         "full_bytes": sum(x.numel() for x in tensors) * torch.bfloat16.itemsize,
@@ -193,5 +194,6 @@ def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Ids that end an answer: the generation config may name several."""
     found: set[int] = set()
     for ids in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} - {None}
+        if ids is not None:
+            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
     return found

@@ -1,0 +1,101 @@
+"""The commands and their options. torch and transformers are imported inside, so that --help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError, command
+
+app = typer.Typer(
+    name="smartkv",
+    help="A key-value cache that is small for real: answers over long documents within a byte budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help='"smollm2" (embedded), a model folder, or a hub id.')]
+Budget = Annotated[
+    str, typer.Option(help='What the cache may hold: a fraction of the full bf16 cache, "64MB", "4bits", or "none".')
+]
+PolicyName = Annotated[str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`.")]
+Tiers = Annotated[str, typer.Option(help="Bits that packed tokens may have, of 2, 3, 4, 8, 16.")]
+Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
+Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]
+Scope = Annotated[str, typer.Option(help="Who decides about a token: head, layer or global.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON on the last line.")]
+
+
+def parse_tiers(text: str) -> tuple[int, ...]:
+    """Bits from text such as "2,3,4". Whether a cache can have them is for the cache to say."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"tiers must be whole numbers with commas between, such as 2,3,4; got {text!r}") from None
+
+
+@app.command()
+@command
+def generate(
+    document: Annotated[str, typer.Option(help='A text file, or "-" for stdin.')],
+    question: Annotated[str, typer.Option(help="Asked after the document has been compressed.")],
+    model: Model = "smollm2",
+    budget: Budget = "0.125",
+    policy: PolicyName = "keydiff",
+    tiers: Tiers = "2,3,4,8,16",
+    window: Window = 128,
+    sinks: Sinks = 4,
+    scope: Scope = "head",
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = "float32",
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
+    json: Json = False,
+) -> None:
+    """Answer a question about a document. The cache is compressed before the question is seen."""
+    from .prompt import read_document
+    from .session import Session
+
+    session = Session.create(
+        model, dtype, budget=budget, policy=policy, tiers=parse_tiers(tiers), window=window, sinks=sinks, scope=scope,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    text = read_document(document)
+    session.load()
+    session.answer(text, question, compare=compare, json_line=json)
+
+
+@app.command()
+@command
+def demo(
+    model: Model = "smollm2",
+    budget: Budget = "0.125",
+    policy: PolicyName = "keydiff",
+    json: Json = False,
+) -> None:
+    """Hide a note in Python's language reference, compress to 1/8, then ask for it."""
+    from .demo import run_demo
+    from .session import Session
+
+    run_demo(Session.create(model, "float32", budget=budget, policy=policy, max_new_tokens=48), json_line=json)
+
+
+@app.command()
+@command
+def doctor(json: Json = False) -> None:
+    """Versions, the kernel set in use, built ops, CUDA."""
+    from .doctor import run_doctor
+
+    run_doctor(json_line=json)
+
+
+@app.command()
+@command
+def policies(json: Json = False) -> None:
+    """The policies that --policy accepts."""
+    from .tables import show_policies
+
+    show_policies(json_line=json)
