@@ -62,6 +62,19 @@ def test_budget_is_kept_in_every_scope(scope):
     assert report.total_bytes <= 0.125 * report.full_bytes, str(report)
 
 
+@pytest.mark.parametrize("budget", [0.125, "400kB"])
+def test_budget_is_kept_by_rows_of_very_different_length(budget):
+    model = tiny("qwen2")
+    ids, mask = prompts(3, 3000)
+    mask[1, :2980] = 0
+    with smartkv_ext.patch(model), torch.no_grad():
+        cache = SmartKVCache(model.config, budget=budget, policy="knorm", window=128)
+        model(ids, attention_mask=mask, past_key_values=cache)
+    report = cache.report()
+    limit = 400_000 if budget == "400kB" else 0.125 * report.full_bytes
+    assert report.total_bytes <= limit, str(report)
+
+
 def test_fixed_bytes_hold_while_the_context_grows():
     model = tiny("qwen3")
     ids, _mask = prompts(1, 600)

@@ -1,4 +1,4 @@
-"""Real weights and real text. Slow: `make slow-test`; the Qwen2.5 part needs SMARTKV_QWEN, a folder with its weights."""
+"""Real weights and real text: `make slow-test`; the Qwen2.5 part needs SMARTKV_QWEN, a folder with its weights."""
 
 import os
 import pydoc_data.topics

@@ -123,12 +123,16 @@ def _record_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     fixed += sum(x.nbytes // batch for x in layer.state.values()) + 8  # and the count of row tokens
     if config.policy.decode_queries and layer.queries is not None:
         fixed += config.policy.decode_queries * layer.queries.shape[1] * head_dim * itemsize
-    table = 4 * len(config.quant.tiers)  # block table: at worst every page is of the smallest tier and adds a column
-    smallest = store.layouts[0].page_bytes
-    budgets = []
-    for limit in per_row:
-        room = (limit - dense - fixed) // heads if limit < UNLIMITED else UNLIMITED
-        budgets.append(max(room * smallest // (smallest + table) if room < UNLIMITED else room, 0))
+    if per_row[0] >= UNLIMITED:
+        return torch.full((batch,), UNLIMITED, dtype=torch.int64, device=layer.device)
+    rooms = [limit - dense - fixed for limit in per_row]
+    # All rows of a batch share the window's size: what a short row holds beyond its own share, the longer ones give up.
+    spare, owed = sum(max(room, 0) for room in rooms), -sum(min(room, 0) for room in rooms)
+    # The block table is as wide as the longest list: at worst all pages of the longest row are of the smallest tier.
+    columns = max(rooms) // heads // store.layouts[0].page_bytes + 1
+    table = 4 * batch * heads * len(config.quant.tiers) * max(columns, 0)
+    share = max(spare - owed - table, 0) / max(spare, 1)
+    budgets = [int(max(room, 0) * share) // heads for room in rooms]
     return torch.tensor(budgets, dtype=torch.int64, device=layer.device)
 
 
