@@ -175,7 +175,11 @@ def near_midpoint(y: torch.Tensor, bits: int, levels: str) -> torch.Tensor:
         scale = y.square().mean(-1, keepdim=True).sqrt() * gaussian_unit(bits)
     middle = (table[1:] + table[:-1]) / 2
     x = y / scale.clamp(min=1e-30)
-    return (x[..., None] - middle).abs().amin(-1) < 2e-5 * float(table[-1])
+    above = torch.bucketize(x, middle)
+    gap = torch.minimum(
+        (x - middle[(above - 1).clamp(min=0)]).abs(), (x - middle[above.clamp(max=len(middle) - 1)]).abs()
+    )
+    return gap < 2e-5 * float(table[-1])
 
 
 def rotated(k: torch.Tensor, v: torch.Tensor, k_mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
