@@ -56,7 +56,8 @@ struct TierCodec {
   }
 };
 
-// Reads words of four codes, one per byte. K: four channels of a token; V: four tokens of a channel.
+// Reads words of four codes, one per byte. K: four channels of a token; V: four tokens of a
+// channel.
 template <int BITS>
 struct CodeReader {
   const TierCodec& codec;
@@ -76,15 +77,13 @@ struct CodeReader {
       : codec(tier), lookup(tier.book.level) {}
 #endif
 
-  SMARTKV_INLINE I k_part(const PlaneMap& map, const uint8_t* codes, int channel,
-                          int block) const {
+  SMARTKV_INLINE I k_part(const PlaneMap& map, const uint8_t* codes, int channel, int block) const {
     const int group = channel / 4;
     const uint8_t* at = codes + map.start + block * 16 * map.lanes + map.lane[group] * 16;
     return BITS == 8 ? load_words(at) : load_words(at) >> map.shift[group];
   }
 
-  SMARTKV_INLINE I v_part(const PlaneMap& map, const uint8_t* codes, int channel,
-                          int quad) const {
+  SMARTKV_INLINE I v_part(const PlaneMap& map, const uint8_t* codes, int channel, int quad) const {
     const int group = channel / 4;
     const uint8_t* at = codes + map.start + quad * 4 * map.lanes + map.lane[group] * 4;
     return BITS == 8 ? load_words(at) : load_words(at) >> map.shift[group];

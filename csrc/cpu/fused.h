@@ -6,9 +6,9 @@ namespace smartkv::SMARTKV_ISA {
 
 // Up to this many rows, in blocks of four, decoding again per block beats writing the tile.
 #if defined(SMARTKV_AVX512)
-constexpr int FUSED_ROWS = 8, FUSED_VECS = 4;
+constexpr int FUSED_ROWS = 16, FUSED_VECS = 4;
 #elif defined(SMARTKV_AVX2)
-constexpr int FUSED_ROWS = 4, FUSED_VECS = 1;
+constexpr int FUSED_ROWS = 12, FUSED_VECS = 1;
 #else
 constexpr int FUSED_ROWS = 0, FUSED_VECS = 1;
 #endif
