@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
-CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra"
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
 NVCC_FLAGS = (
     "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
