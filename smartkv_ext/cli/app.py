@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from .errors import UsageError, command
+from .errors import CliError, UsageError, command
 
 app = typer.Typer(
     name="smartkv",
@@ -26,8 +28,9 @@ Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
 Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]
 Scope = Annotated[str, typer.Option(help="Who decides about a token: head, layer or global.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON on the last line.")]
+Dtype = Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Tokens of the document per forward pass: fewer need less memory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON; what people read goes to stderr.")]
 
 
 def parse_tiers(text: str) -> tuple[int, ...]:
@@ -51,9 +54,10 @@ def generate(
     sinks: Sinks = 4,
     scope: Scope = "head",
     max_new_tokens: MaxNewTokens = 128,
-    dtype: Dtype = "float32",
+    chunk: Chunk = 4096,
+    dtype: Dtype = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
-    json: Json = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a question about a document. The cache is compressed before the question is seen."""
     from .prompt import read_document
@@ -61,11 +65,13 @@ def generate(
 
     session = Session.create(
         model, dtype, budget=budget, policy=policy, tiers=parse_tiers(tiers), window=window, sinks=sinks, scope=scope,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens, chunk=chunk, as_json=as_json,
     )  # fmt: skip
     text = read_document(document)
     session.load()
-    session.answer(text, question, compare=compare, json_line=json)
+    result = session.answer(text, question, compare=compare)
+    if as_json:
+        typer.echo(json.dumps(result))
 
 
 @app.command()
@@ -74,28 +80,41 @@ def demo(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "keydiff",
-    json: Json = False,
+    as_json: Json = False,
 ) -> None:
     """Hide a note in Python's language reference, compress to 1/8, then ask for it."""
     from .demo import run_demo
     from .session import Session
 
-    run_demo(Session.create(model, "float32", budget=budget, policy=policy, max_new_tokens=48), json_line=json)
+    session = Session.create(model, "auto", budget=budget, policy=policy, max_new_tokens=48, as_json=as_json)
+    result = run_demo(session)
+    if as_json:
+        typer.echo(json.dumps(result))
 
 
 @app.command()
 @command
-def doctor(json: Json = False) -> None:
-    """Versions, the kernel set in use, built ops, CUDA."""
-    from .doctor import run_doctor
+def doctor(as_json: Json = False) -> None:
+    """Versions, the kernel set in use, built ops, CUDA. Exit code 1 if something is broken."""
+    from .doctor import examine, facts_table
 
-    run_doctor(json_line=json)
+    facts = examine()
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        Console(highlight=False).print(facts_table(facts))
+    if facts["problems"]:
+        raise CliError(facts["problems"][0])
 
 
 @app.command()
 @command
-def policies(json: Json = False) -> None:
+def policies(as_json: Json = False) -> None:
     """The policies that --policy accepts."""
-    from .tables import show_policies
+    from .tables import policy_rows, policy_table
 
-    show_policies(json_line=json)
+    rows = policy_rows()
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        Console().print(policy_table(rows))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CliError
+
+if TYPE_CHECKING:
+    from .run import Settings
+    from .session import Session
 
 TOPICS = ("execmodel", "with", "class", "exceptions", "raise", "for", "while")  # in this order, then cut to NUM_TOKENS
 NUM_TOKENS = 3000  # SmolLM2-135M finds the note with its full cache here, and no longer does at 6,000
 NOTE_AT = 0.2  # of the document
 NOTE = "Note: the meeting was moved to Thursday."
 QUESTION = "To which day was the meeting moved?"
+ANSWER = "Thursday"  # what a right answer contains
 
 
 def language_reference(tokenizer: Any, num_tokens: int = NUM_TOKENS) -> str:
@@ -33,26 +37,37 @@ def plant(text: str, note: str, at: float = NOTE_AT) -> str:
     return f"{text[:place]}\n\n{note}{text[place:]}"
 
 
-def run_demo(session: Any, json_line: bool) -> None:
-    """Say what is shown, show it, say what came out."""
+def run_demo(session: Session) -> dict[str, Any]:
+    """Say what is shown, show it, say what came out. Returns what --json prints."""
     session.load()
     document = plant(language_reference(session.tokenizer), NOTE)
-    share = session.settings.budget
-    session.out.print(
-        f"The document is a part of Python's language reference, about {NUM_TOKENS:,} tokens long. One fifth into it "
-        f"stands a note:\n\n  {NOTE}\n\n"
-        f"The model reads it once, and its key-value cache is compressed (budget {share}, policy "
-        f"{session.settings.policy}) before the question is known:\n\n  {QUESTION}\n\n"
-        "Then the same with the full cache.\n",
-        markup=False,
+    session.out.print(_introduction(session.settings), markup=False)
+    result = session.answer(document, QUESTION, compare=True)
+    result["note"] = NOTE
+    for name in ("smartkv", "full"):
+        result[name]["right"] = ANSWER.lower() in result[name]["text"].lower()
+    session.out.print(_conclusion(result), markup=False)
+    return result
+
+
+def _introduction(settings: Settings) -> str:
+    budget = "no limit" if settings.budget is None else f"budget {settings.budget}"
+    return (
+        f"The document: about {NUM_TOKENS:,} tokens of Python's language reference. One fifth into it stands a "
+        f"note:\n\n"
+        f"  {NOTE}\n\n"
+        f"The model reads it once, and its key-value cache is compressed ({budget}, policy {settings.policy}) before "
+        f"the question is known:\n\n  {QUESTION}\n\nThen the same with the full cache.\n"
     )
-    result = session.answer(document, QUESTION, compare=True, json_line=False)
-    report, full = result["smartkv"]["after_answer"], result["full"]["after_answer"]
-    same = "The two answers agree." if result["same_answer"] else "The two answers do not agree."
-    session.out.print(
-        f"{same} The compressed cache holds {report['total_bytes']:,} bytes, {100 * report['ratio']:.1f} % of the "
-        f"{full['full_bytes']:,} bytes of a full bf16 cache of as many tokens.",
-        markup=False,
+
+
+def _conclusion(result: dict[str, Any]) -> str:
+    def said(name: str) -> str:
+        return "names" if result[name]["right"] else "does not name"
+
+    report, whole = result["smartkv"]["after_answer"], result["full"]["after_answer"]
+    return (
+        f"The full cache {said('full')} what the note says; the compressed cache {said('smartkv')} it. It holds "
+        f"{report['total_bytes']:,} bytes, {100 * report['ratio']:.1f} % of a bf16 cache of the same tokens; the full "
+        f"cache holds {whole['total_bytes']:,}."
     )
-    if json_line:
-        print(json.dumps(result), flush=True)

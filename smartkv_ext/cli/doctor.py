@@ -1,62 +1,89 @@
-"""`smartkv doctor`: what is installed, what was built, what runs here."""
+"""`smartkv doctor`: what is installed, what was built, what runs here. Works where the extension does not."""
 
 from __future__ import annotations
 
-import json
+import importlib
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-import transformers
-from rich.console import Console
 from rich.table import Table
 
-import smartkv_ext
+from .errors import first_line
+from .models import EMBEDDED, cache_dir
+from .smollm2 import FOLDER
 
-from .errors import CliError
-
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "gguf")  # of interest in a bug report
 OPS = (
     "quantize_kv", "dequantize_kv", "append_kv", "decode_attention", "attention_mass", "select_kv", "compact_kv",
     "merge_states", "gate_score",
 )  # fmt: skip
 
 
-def collect() -> dict[str, Any]:
-    """Facts for a bug report. Raises CliError if the compiled modules cannot be loaded."""
-    try:
-        from smartkv_ext import ops
+def examine() -> dict[str, Any]:
+    """Facts for a bug report; ``problems`` is empty where everything works."""
+    import torch
 
-        build = ops.build_info()
-        kernel_set, kernel_sets = ops.kernel_set_name(), ops.available_kernel_sets()
-    except (ImportError, RuntimeError) as error:
-        raise CliError(str(error)) from error
-    return {
+    import smartkv_ext
+
+    problems: list[str] = []
+    facts: dict[str, Any] = {
         "smartkv_ext": smartkv_ext.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "compiler": f"{build['compiler']} {build['cxx_flags']}",
-        "kernel_set": kernel_set,
-        "available_kernel_sets": kernel_sets,
-        "cpu_features": build["cpu_features"],
+    }
+    facts |= {name: _version(name) for name in PACKAGES}
+    found = facts | _core_facts(problems) | _op_facts(problems)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return found | {
         "threads": torch.get_num_threads(),
-        "ops": [name for name in OPS if hasattr(torch.ops.smartkv, name)],
-        "missing_ops": [name for name in OPS if not hasattr(torch.ops.smartkv, name)],
-        "cuda_built": build["cuda"],
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "torch_cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
+        "embedded_model": EMBEDDED if (cache_dir() / FOLDER / "config.json").is_file() else None,
+        "problems": problems,
     }
 
 
-def run_doctor(json_line: bool) -> None:
-    """Print the facts; raise CliError if an op is missing."""
-    facts = collect()
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _core_facts(problems: list[str]) -> dict[str, Any]:
+    names = ("compiler", "cxx_flags", "cuda_built", "cpu_features", "available_kernel_sets", "kernel_set")
+    facts: dict[str, Any] = dict.fromkeys(names)
+    try:
+        core = importlib.import_module("smartkv_ext._core")
+        built = core.build_info()
+        facts |= {"compiler": built["compiler"], "cxx_flags": built["cxx_flags"], "cuda_built": built["cuda"]}
+        facts["cpu_features"] = list(core.cpu_features())
+        facts["available_kernel_sets"] = list(core.available_kernel_sets())
+        facts["kernel_set"] = str(core.kernel_set_name())  # last: an unknown SMARTKV_ISA raises
+    except (ImportError, RuntimeError) as error:
+        problems.append(first_line(error))
+    return facts
+
+
+def _op_facts(problems: list[str]) -> dict[str, Any]:
+    import torch
+
+    try:
+        importlib.import_module("smartkv_ext.ops")
+    except (ImportError, RuntimeError, AttributeError) as error:
+        problems.append(first_line(error))
+    built = [name for name in OPS if hasattr(torch.ops.smartkv, name)]
+    missing = [name for name in OPS if name not in built]
+    if missing and built:
+        problems.append(f"ops are missing: {', '.join(missing)}; build the extension again")
+    return {"ops": built, "missing_ops": missing}
+
+
+def facts_table(facts: dict[str, Any]) -> Table:
+    """The facts for reading."""
     table = Table(show_header=False)
     for name, value in facts.items():
-        text = (", ".join(value) or "none") if isinstance(value, list) else str(value)
-        table.add_row(name.replace("_", " "), text)
-    Console(highlight=False).print(table)
-    if json_line:
-        print(json.dumps(facts), flush=True)
-    if facts["missing_ops"]:
-        raise CliError(f"ops are missing: {', '.join(facts['missing_ops'])}; build the extension again")
+        text = ", ".join(value) if isinstance(value, list) else value
+        table.add_row(name.replace("_", " "), "none" if text in (None, "") else str(text))
+    return table
