@@ -18,7 +18,7 @@ QUESTION = "To which day was the meeting moved?"
 ANSWER = "Thursday"  # what a right answer contains
 
 
-def language_reference(tokenizer: Any, num_tokens: int = NUM_TOKENS) -> str:
+def language_reference(tokenizer: Any, num_tokens: int) -> str:
     """The first ``num_tokens`` tokens of TOPICS: their text differs between Python versions, their length must not."""
     try:
         from pydoc_data.topics import topics
@@ -40,7 +40,7 @@ def plant(text: str, note: str, at: float = NOTE_AT) -> str:
 def run_demo(session: Session) -> dict[str, Any]:
     """Say what is shown, show it, say what came out. Returns what --json prints."""
     session.load()
-    document = plant(language_reference(session.tokenizer), NOTE)
+    document = plant(language_reference(session.tokenizer, NUM_TOKENS), NOTE)
     session.out.print(_introduction(session.settings), markup=False)
     result = session.answer(document, QUESTION, compare=True)
     result["note"] = NOTE
