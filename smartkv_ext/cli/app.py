@@ -80,13 +80,24 @@ def demo(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "keydiff",
+    tiers: Tiers = "3",
+    window: Window = 16,
+    scope: Scope = "global",
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Hide a note in Python's language reference, compress to 1/8, then ask for it."""
+    """Hide a note in Python's language reference, compress to 1/8, then ask for it.
+
+    The defaults suit the small embedded model: it does not survive keys of 2 bits, and in float32 a long window would
+    take half of the budget.
+    """
     from .demo import run_demo
     from .session import Session
 
-    session = Session.create(model, "auto", budget=budget, policy=policy, max_new_tokens=48, as_json=as_json)
+    session = Session.create(
+        model, dtype, budget=budget, policy=policy, tiers=parse_tiers(tiers), window=window, scope=scope,
+        max_new_tokens=48, as_json=as_json,
+    )  # fmt: skip
     result = run_demo(session)
     if as_json:
         typer.echo(json.dumps(result))
