@@ -1,10 +1,8 @@
 // merge_states on CUDA: combines attention states over disjoint keys by their log-sum-exp.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <cmath>
 
+#include "cuda_prelude.h"
 #include "merge_states.h"
 #include "smartkv/layout.h"
 
@@ -88,14 +86,14 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK) merge_states_kernel(Mer
 template <typename scalar_t>
 void launch(const MergeStatesParams& params, cudaStream_t stream) {
   const int64_t blocks = (params.rows + WARPS_PER_BLOCK - 1) / WARPS_PER_BLOCK;
-  merge_states_kernel<scalar_t>
-      <<<static_cast<unsigned>(std::min(blocks, MAX_BLOCKS)), WARP * WARPS_PER_BLOCK, 0, stream>>>(
-          params);
+  const unsigned grid = static_cast<unsigned>(std::min(blocks, MAX_BLOCKS));
+  SMARTKV_LAUNCH(merge_states_kernel<scalar_t>, grid, WARP * WARPS_PER_BLOCK, 0, stream, params);
 }
 
 }  // namespace
 
 const char* merge_states_cuda(const MergeStatesParams& params, void* stream) {
+  if (params.rows == 0) return nullptr;
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   if (params.dtype == DType::FLOAT32) launch<float>(params, cuda_stream);
   if (params.dtype == DType::BFLOAT16) launch<__nv_bfloat16>(params, cuda_stream);
