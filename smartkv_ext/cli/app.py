@@ -96,7 +96,7 @@ def demo(
 
     session = Session.create(
         model, dtype, budget=budget, policy=policy, tiers=parse_tiers(tiers), window=window, scope=scope,
-        max_new_tokens=48, as_json=as_json,
+        max_new_tokens=48, one_line=True, as_json=as_json,
     )  # fmt: skip
     result = run_demo(session)
     if as_json:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 TOPICS = ("execmodel", "with", "class", "exceptions", "raise", "for", "while")  # in this order, then cut to NUM_TOKENS
 NUM_TOKENS = 3000  # SmolLM2-135M finds the note with its full cache here, and no longer does at 6,000
 NOTE_AT = 0.2  # of the document
-NOTE = "Note: the meeting was moved to Thursday."
-QUESTION = "To which day was the meeting moved?"
-ANSWER = "Thursday"  # what a right answer contains
+NOTE = "Note: Anna's favourite fruit is the mango."
+QUESTION = "What is Anna's favourite fruit?"
+ANSWER = "mango"  # what a right answer contains
 
 
 def language_reference(tokenizer: Any, num_tokens: int) -> str:
@@ -56,19 +56,21 @@ def _introduction(settings: Settings) -> str:
     return (
         f"The document: about {NUM_TOKENS:,} tokens of Python's language reference. One fifth into it stands a note:"
         f"\n\n  {NOTE}\n\n"
-        f"The model reads it once, and its key-value cache is compressed ({budget}, policy {settings.policy}, {bits} bits "
-        f"a value, scope {settings.scope}) before the question is known:"
+        f"The model reads it once, and its key-value cache is compressed ({budget}, policy {settings.policy}, "
+        f"{bits} bits a value, scope {settings.scope}) before the question is known:"
         f"\n\n  {QUESTION}\n\nThen the same with the full cache.\n"
     )
 
 
 def _conclusion(result: dict[str, Any]) -> str:
-    def said(name: str) -> str:
-        return "names" if result[name]["right"] else "does not name"
-
+    knows = {
+        (True, True): "Both caches know what the note says.",
+        (True, False): "The full cache knows what the note says, the compressed cache has lost it.",
+        (False, True): "The compressed cache knows what the note says, the full cache does not.",
+        (False, False): "Neither cache knows what the note says: this model cannot find it.",
+    }[result["full"]["right"], result["smartkv"]["right"]]
     report, whole = result["smartkv"]["after_answer"], result["full"]["after_answer"]
     return (
-        f"The full cache {said('full')} what the note says; the compressed cache {said('smartkv')} it. It holds "
-        f"{report['total_bytes']:,} bytes, {100 * report['ratio']:.1f} % of a bf16 cache of the same tokens; the full "
-        f"cache holds {whole['total_bytes']:,}."
+        f"{knows} The compressed cache holds {report['total_bytes']:,} bytes, {100 * report['ratio']:.1f} % of a bf16 "
+        f"cache of the same tokens; the full cache holds {whole['total_bytes']:,}."
     )

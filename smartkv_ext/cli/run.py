@@ -34,6 +34,7 @@ class Settings:
     scope: str = "head"
     max_new_tokens: int = 128
     chunk: int = 4096  # tokens of the document per forward pass
+    one_line: bool = False  # an answer ends with its first line
 
     def new_cache(self, config: Any) -> SmartKVCache:
         """An empty cache. Raises ValueError naming the argument that is wrong."""
@@ -49,7 +50,7 @@ class Answer:
 
     text: str
     token_ids: list[int]
-    finished: bool  # the model ended its answer itself
+    finished: bool  # the answer ended by itself, not at max_new_tokens
     prefill_seconds: float  # of the document, compression included
     question_seconds: float
     decode_seconds: float
@@ -124,6 +125,9 @@ def _answer(
     while len(ids) < settings.max_new_tokens:
         token = int(logits[0, -1].argmax())
         if token in stop:
+            finished = True
+            break
+        if settings.one_line and "\n" in tokenizer.decode([token]) and ids:
             finished = True
             break
         ids.append(token)
