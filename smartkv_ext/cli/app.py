@@ -82,7 +82,7 @@ def demo(
     policy: PolicyName = "keydiff",
     tiers: Tiers = "3",
     window: Window = 16,
-    scope: Scope = "global",
+    scope: Scope = "layer",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 TOPICS = ("execmodel", "with", "class", "exceptions", "raise", "for", "while")  # in this order, then cut to NUM_TOKENS
 NUM_TOKENS = 3000  # SmolLM2-135M finds the note with its full cache here, and no longer does at 6,000
 NOTE_AT = 0.2  # of the document
-NOTE = "Note: Anna's favourite fruit is the mango."
+NOTE = "Note: Anna's favourite fruit is mango."
 QUESTION = "What is Anna's favourite fruit?"
 ANSWER = "mango"  # what a right answer contains
 
