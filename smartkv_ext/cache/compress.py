@@ -112,8 +112,8 @@ def _mean_key(layer: SmartKVLayer) -> torch.Tensor:
 # -- decide --------------------------------------------------------------------------------------------------------
 
 
-def _record_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
-    """(batch,) int64 bytes per KV head that pages may take: the budget less everything else that the layer holds."""
+def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
+    """(batch,) int64 bytes that the pages of a layer may take: the budget less everything else that the layer holds."""
     config, store = layer.config, layer.store
     batch, heads, _, head_dim = layer.window.shape
     per_row = [config.layer_budget(int(n), batch, heads) for n in layer.row_tokens]
@@ -128,40 +128,46 @@ def _record_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     rooms = [limit - dense - fixed for limit in per_row]
     # All rows of a batch share the window's size: what a short row holds beyond its own share, the longer ones give up.
     spare, owed = sum(max(room, 0) for room in rooms), -sum(min(room, 0) for room in rooms)
-    # The block table is as wide as the longest list: at worst all pages of the longest row are of the smallest tier.
-    columns = max(rooms) // heads // store.layouts[0].page_bytes + 1
+    # The block table is as wide as the longest list: at worst one head has all pages, of the smallest tier.
+    columns = max(rooms) // store.layouts[0].page_bytes + 1
     table = 4 * batch * heads * len(config.quant.tiers) * max(columns, 0)
     share = max(spare - owed - table, 0) / max(spare, 1)
-    budgets = [int(max(room, 0) * share) // heads for room in rooms]
+    budgets = [int(max(room, 0) * share) for room in rooms]
     return torch.tensor(budgets, dtype=torch.int64, device=layer.device)
 
 
 def _select(layer: SmartKVLayer, scores: torch.Tensor, current: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
-    """scores, current (groups, n), budgets (groups,) -> tiers (groups, n); full policies refuse to lose a token."""
+    """scores, current (batch, heads, n), budgets (batch,) -> tiers (batch, heads, n).
+
+    A policy that keeps every token gets an error where the budget would lose one.
+    """
     policy, quant = layer.config.policy, layer.config.quant
     page_bytes = [x.page_bytes for x in layer.store.layouts]
-    tiers = ops.select_kv(
-        scores[:, None], current[:, None], budgets, page_bytes, quant.distortion, 1.0 if policy.evicts else EVICT_NEVER
-    )[:, 0]
+    evict_distortion = 1.0 if policy.evicts else EVICT_NEVER
+    tiers = ops.select_kv(scores, current, budgets, page_bytes, quant.distortion, evict_distortion)
     if not policy.evicts and bool(((tiers < 0) & (current >= 0)).any()):
-        need = page_bytes[0] * -(-int((current >= 0).sum(-1).max()) // PAGE_SIZE)
+        pages = (current >= 0).sum(-1).add(PAGE_SIZE - 1).div(PAGE_SIZE, rounding_mode="floor").sum(-1)
         raise ValueError(
-            f"budget is too small for policy {policy.name!r}, which keeps every token: at {quant.tiers[0]} bits a head "
-            f"of layer {layer.layer_idx} needs {need:,} bytes and may use {int(budgets.min()):,}; "
-            "raise the budget, allow a lower tier, or choose a policy that evicts"
+            f"budget is too small for policy {policy.name!r}, which keeps every token: at {quant.tiers[0]} bits the "
+            f"pages of layer {layer.layer_idx} need {page_bytes[0] * int(pages.max()):,} bytes and may use "
+            f"{int(budgets.min()):,}; raise the budget, allow a lower tier, or choose a policy that evicts"
         )
     return tiers
 
 
 def _decide_per_head(layer: SmartKVLayer, found: _Candidates, size: tuple[int, int]) -> torch.Tensor:
-    """Every head spends the same bytes on the tokens that it ranks highest."""
-    batch, heads, n = found.scores.shape
+    """Where scores compare across heads, the heads of a layer compete for its bytes (AdaKV, Feng et al. 2024): a head
+    that needs more tokens holds more. Otherwise every head spends the same.
+    """
+    shape, heads = found.scores.shape, found.scores.shape[1]
     order = found.positions.argsort(dim=-1, stable=True)  # so that ties go to the newer token
-    budgets = _record_budget(layer, size).repeat_interleave(heads)
-    tiers = _select(
-        layer, found.scores.gather(-1, order).view(-1, n), found.current.gather(-1, order).view(-1, n), budgets
-    )
-    return torch.empty_like(found.current).scatter_(-1, order, tiers.view(batch, heads, n))
+    scores, current = found.scores.gather(-1, order), found.current.gather(-1, order)
+    budgets = _page_budget(layer, size)
+    if not layer.config.policy.compares_heads:
+        scores, current = scores.flatten(0, 1)[:, None], current.flatten(0, 1)[:, None]
+        budgets = (budgets // heads).repeat_interleave(heads)
+    tiers = _select(layer, scores, current, budgets).view(shape)
+    return torch.empty_like(found.current).scatter_(-1, order, tiers)
 
 
 def _decide_shared(
@@ -173,22 +179,23 @@ def _decide_shared(
     were shared.
     """
     rank: torch.Tensor | None = None
-    budgets = _record_budget(layers[0], sizes[0])
+    budgets = _page_budget(layers[0], sizes[0])
     for layer, candidates in zip(layers, found, strict=True):
         order = candidates.positions.argsort(dim=-1, stable=True)
         scores = candidates.scores.gather(-1, order)
         place = scores.argsort(dim=-1, stable=True).argsort(-1).float()
         place = place.masked_fill(scores == -torch.inf, -torch.inf).amax(1)
         rank = place if rank is None else torch.maximum(rank, place)
-        budgets = torch.minimum(budgets, _record_budget(layer, sizes[0]))
+        budgets = torch.minimum(budgets, _page_budget(layer, sizes[0]))
     assert rank is not None
     out = []
     for layer, candidates in zip(layers, found, strict=True):
         order = candidates.positions.argsort(dim=-1, stable=True)
         current = candidates.current.gather(-1, order)
         alive = torch.where(current[:, 0] >= 0, rank, -torch.inf)
-        tiers = _select(layer, alive, current[:, 0].contiguous(), budgets)
-        tiers = tiers[:, None].expand_as(candidates.current).contiguous()
+        heads = current.shape[1]
+        tiers = _select(layer, alive[:, None], current[:, :1].contiguous(), budgets // heads)
+        tiers = tiers.expand_as(candidates.current).contiguous()
         out.append(torch.empty_like(candidates.current).scatter_(-1, order, tiers))
     return out
 

@@ -39,6 +39,7 @@ class SnapKV(Policy):
     name: ClassVar[str] = "snapkv"
     summary: ClassVar[str] = "attention of the newest queries, max-pooled"
     source: ClassVar[str] = "Li et al. 2024, SnapKV: LLM Knows What You Are Looking for Before Generation"
+    compares_heads: ClassVar[bool] = True
     prefill_queries: ClassVar[int] = 32
     decode_queries: ClassVar[int] = 8
     kernel_size: int = 5
@@ -60,6 +61,7 @@ class TOVA(Policy):
     name: ClassVar[str] = "tova"
     summary: ClassVar[str] = "attention of the newest query, mean over heads"
     source: ClassVar[str] = "Oren et al. 2024, Transformers are Multi-State RNNs"
+    compares_heads: ClassVar[bool] = True
     prefill_queries: ClassVar[int] = 1
     decode_queries: ClassVar[int] = 1
 

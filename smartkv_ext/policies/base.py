@@ -53,6 +53,7 @@ class Policy:
     )
     needs_pre_rope_keys: ClassVar[bool] = False
     evicts: ClassVar[bool] = True  # False: every token is kept, the budget only chooses its bits
+    compares_heads: ClassVar[bool] = False  # True: scores of different heads of a layer are on one scale
     keeps_sinks: ClassVar[bool] = True  # False: the first tokens are ordinary tokens
 
     def score(self, view: TokenView) -> torch.Tensor:

@@ -36,6 +36,7 @@ class KeyDiff(Policy):
     name: ClassVar[str] = "keydiff"
     summary: ClassVar[str] = "keys that differ most from the mean key"
     source: ClassVar[str] = "Park et al. 2025, KeyDiff: Key Similarity-Based KV Cache Eviction"
+    compares_heads: ClassVar[bool] = True
 
     def score(self, view: TokenView) -> torch.Tensor:
         valid = view.positions >= 0
