@@ -35,7 +35,15 @@ def test_demo_says_what_it_shows(folder, monkeypatch):
     done = call("demo", "--model", folder, "--budget", "0.5")
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
-    for text in (NOTE, QUESTION, "budget 0.5, policy", "before the question is known", "Answers: ", "KV cache of"):
+    for text in (
+        NOTE,
+        QUESTION,
+        "budget 0.5, policy",
+        "before the question is known",
+        "A best case",
+        "Answers: ",
+        "KV cache of",
+    ):
         assert text in said
     found = json.loads(call("demo", "--model", folder, "--budget", "0.5", "--json").stdout)
     assert found["note"] == NOTE and found["full"]["right"] in (True, False)

@@ -15,6 +15,11 @@ NUM_TOKENS = 3000  # SmolLM2-135M finds the note with its full cache here, and n
 NOTE_AT = 0.2  # of the document
 NOTE = "Note: Anna's favourite fruit is mango."
 QUESTION = "What is Anna's favourite fruit?"
+# Measured with SmolLM2-135M and the demo's default settings, keydiff. Whoever changes those measures this again.
+BEST_CASE = (
+    "A best case: note and settings were picked because the small model answers. Of 8 notes that it found with its full "
+    "cache, 3 could still be asked for after compression to an eighth."
+)
 ANSWER = "mango"  # what a right answer contains
 
 
@@ -58,7 +63,7 @@ def _introduction(settings: Settings) -> str:
         f"\n\n  {NOTE}\n\n"
         f"The model reads it once, and its key-value cache is compressed ({budget}, policy {settings.policy}, "
         f"{bits} bits a value, scope {settings.scope}) before the question is known:"
-        f"\n\n  {QUESTION}\n\nThen the same with the full cache.\n"
+        f"\n\n  {QUESTION}\n\nThen the same with the full cache.\n\n{BEST_CASE}\n"
     )
 
 
