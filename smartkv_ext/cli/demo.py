@@ -17,8 +17,8 @@ NOTE = "Note: Anna's favourite fruit is mango."
 QUESTION = "What is Anna's favourite fruit?"
 # Measured with SmolLM2-135M and the demo's default settings, keydiff. Whoever changes those measures this again.
 BEST_CASE = (
-    "A best case: note and settings were picked because the small model answers. Of 8 notes that it found with its full "
-    "cache, 3 could still be asked for after compression to an eighth."
+    "A best case: note and settings were picked because the small model answers. Of 8 notes that it found with its "
+    "full cache, 3 could still be asked for after compression to an eighth."
 )
 ANSWER = "mango"  # what a right answer contains
 
