@@ -1,7 +1,9 @@
-// The contract between the bindings and the kernels: one plain struct per op, a shape on every pointer, strides in elements.
-// No torch header is included anywhere under csrc/include, csrc/cpu or csrc/cuda.
+// The contract between the bindings and the kernels: one plain struct per op, a shape on every
+// pointer, strides in elements. No torch header is included anywhere under csrc/include, csrc/cpu
+// or csrc/cuda.
 //
-// The bindings check every shape, dtype, device and value before they fill a struct; kernels trust it.
+// The bindings check every shape, dtype, device and value before they fill a struct; kernels trust
+// it.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +16,9 @@ constexpr int MAX_TIERS = 5;   // 2, 3, 4, 8 and 16 bits
 enum class DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum class Levels : int32_t { UNIFORM = 0, GAUSSIAN = 1 };
 
-// Runs fn(context, begin, end) over disjoint ranges that cover [0, count), on as many threads as the host framework grants.
-// The core never owns threads: a second OpenMP runtime beside torch's would fight for the same cores.
+// Runs fn(context, begin, end) over disjoint ranges that cover [0, count), on as many threads as
+// the host framework grants. The core never owns threads: a second OpenMP runtime beside torch's
+// would fight for the same cores.
 struct Parallel {
   void (*run)(int64_t count, void* context, void (*fn)(void* context, int64_t begin, int64_t end));
   int num_threads;
@@ -30,25 +33,27 @@ struct HeadsView {
 
 // The paged, ragged, mixed-tier part of a cache. Tiers are in ascending bits.
 struct PagedKV {
-  uint8_t* pools[MAX_TIERS];        // [num_pages of the tier, page_bytes of the tier]
+  uint8_t* pools[MAX_TIERS];  // [num_pages of the tier, page_bytes of the tier]
   int64_t page_bytes[MAX_TIERS];
-  int tier_bits[MAX_TIERS];         // 2, 3, 4, 8 or 16
+  int tier_bits[MAX_TIERS];  // 2, 3, 4, 8 or 16
   int num_tiers;
-  const int32_t* block_table;       // [batch, num_kv_heads, num_tiers, max_pages], page ids
-  int32_t* cache_seqlens;           // [batch, num_kv_heads, num_tiers], records
+  const int32_t* block_table;  // [batch, num_kv_heads, num_tiers, max_pages], page ids
+  int32_t* cache_seqlens;      // [batch, num_kv_heads, num_tiers], records
   int64_t max_pages;
-  const float* k_mean;              // [batch, num_kv_heads, head_dim], the key that was subtracted before rotation
+  const float*
+      k_mean;  // [batch, num_kv_heads, head_dim], the key that was subtracted before rotation
   int batch, num_kv_heads, head_dim;
-  DType raw_dtype;                  // of the values in 16-bit pages: float32 values take 4 bytes
+  DType raw_dtype;  // of the values in 16-bit pages: float32 values take 4 bytes
   Levels levels;
 };
 
 struct QuantizeParams {
-  HeadsView k, v;                   // [batch, num_kv_heads, kv_len, head_dim]
-  const float* k_mean;              // [batch, num_kv_heads, head_dim]
-  const int32_t* positions;         // [batch, num_kv_heads, kv_len] contiguous
-  const float* scores;              // [batch, num_kv_heads, kv_len] contiguous
-  uint8_t* pages;                   // [batch, num_kv_heads, ceil(kv_len / 64), page_bytes], zero-filled by the caller
+  HeadsView k, v;            // [batch, num_kv_heads, kv_len, head_dim]
+  const float* k_mean;       // [batch, num_kv_heads, head_dim]
+  const int32_t* positions;  // [batch, num_kv_heads, kv_len] contiguous
+  const float* scores;       // [batch, num_kv_heads, kv_len] contiguous
+  uint8_t*
+      pages;  // [batch, num_kv_heads, ceil(kv_len / 64), page_bytes], zero-filled by the caller
   int64_t page_bytes;
   int batch, num_kv_heads, head_dim, bits;
   int64_t kv_len;
@@ -56,53 +61,58 @@ struct QuantizeParams {
 };
 
 struct DequantizeParams {
-  const uint8_t* pages;             // [batch, num_kv_heads, num_pages, page_bytes] contiguous
+  const uint8_t* pages;  // [batch, num_kv_heads, num_pages, page_bytes] contiguous
   int64_t page_bytes;
-  const float* k_mean;              // [batch, num_kv_heads, head_dim]
-  void* k;                          // [batch, num_kv_heads, num_pages * 64, head_dim] of dtype
-  void* v;                          // same
-  DType dtype;                      // for 16-bit pages also the dtype of the stored values
+  const float* k_mean;  // [batch, num_kv_heads, head_dim]
+  void* k;              // [batch, num_kv_heads, num_pages * 64, head_dim] of dtype
+  void* v;              // same
+  DType dtype;          // for 16-bit pages also the dtype of the stored values
   int batch, num_kv_heads, head_dim, bits;
   int64_t num_pages;
   Levels levels;
 };
 
 struct AppendParams {
-  PagedKV cache;                    // cache_seqlens is advanced; block_table must already hold the pages that are needed
-  HeadsView k, v;                   // [batch, num_kv_heads, new_len, head_dim]
-  const int32_t* positions;         // [batch, num_kv_heads, new_len] contiguous
-  const float* scores;              // [batch, num_kv_heads, new_len] contiguous
-  const int8_t* tiers;              // [batch, num_kv_heads, new_len], index of a tier or -1: skip the token
+  PagedKV
+      cache;  // cache_seqlens is advanced; block_table must already hold the pages that are needed
+  HeadsView k, v;            // [batch, num_kv_heads, new_len, head_dim]
+  const int32_t* positions;  // [batch, num_kv_heads, new_len] contiguous
+  const float* scores;       // [batch, num_kv_heads, new_len] contiguous
+  const int8_t* tiers;  // [batch, num_kv_heads, new_len], index of a tier or -1: skip the token
   int64_t new_len;
 };
 
 struct CompactParams {
-  PagedKV cache;                    // cache_seqlens is rewritten
-  const int8_t* targets;            // [batch, num_kv_heads, num_tiers, max_pages * 64]: tier (not above the present) or -1
+  PagedKV cache;          // cache_seqlens is rewritten
+  const int8_t* targets;  // [batch, num_kv_heads, num_tiers, max_pages * 64]: tier (not above the
+                          // present) or -1
 };
 
 struct DecodeAttentionParams {
   PagedKV cache;
   HeadsView q;                      // [batch, num_heads, q_len, head_dim]
   HeadsView k_window, v_window;     // [batch, num_kv_heads, window_len, head_dim], same dtype as q
-  const int32_t* window_positions;  // [batch, window_len] contiguous, -1: slot holds no token (its values may be NaN)
+  const int32_t* window_positions;  // [batch, window_len] contiguous, -1: slot holds no token (its
+                                    // values may be NaN)
   void* out;                        // [batch, num_heads, q_len, head_dim] contiguous, dtype of q
-  float* lse;                       // [batch, num_heads, q_len], natural log; -inf where nothing is attended
-  float* mass;                      // [batch, num_kv_heads, num_tiers, max_pages * 64] zero-filled, or nullptr
-  float* window_mass;               // [batch, num_kv_heads, window_len] zero-filled, or nullptr
+  float* lse;          // [batch, num_heads, q_len], natural log; -inf where nothing is attended
+  float* mass;         // [batch, num_kv_heads, num_tiers, max_pages * 64] zero-filled, or nullptr
+  float* window_mass;  // [batch, num_kv_heads, window_len] zero-filled, or nullptr
   int num_heads;
   int64_t q_len, window_len;
-  int64_t q_start;                  // position of the first query; query i is at q_start + i
+  int64_t q_start;  // position of the first query; query i is at q_start + i
   float softmax_scale;
-  int64_t sliding_window;           // 0: none; else a key is seen while its position > query position - sliding_window
+  int64_t sliding_window;  // 0: none; else a key is seen while its position > query position -
+                           // sliding_window
 };
 
 struct AttentionMassParams {
-  HeadsView q;                      // [batch, num_heads, q_len, head_dim]
-  HeadsView k;                      // [batch, num_kv_heads, kv_len, head_dim]
-  const int32_t* k_positions;       // [batch, kv_len] contiguous, -1: not a token
-  const float* lse;                 // [batch, num_heads, q_len] natural log, or nullptr: computed here
-  float* mass;                      // [batch, num_kv_heads, kv_len] zero-filled: summed over queries and the query group
+  HeadsView q;                 // [batch, num_heads, q_len, head_dim]
+  HeadsView k;                 // [batch, num_kv_heads, kv_len, head_dim]
+  const int32_t* k_positions;  // [batch, kv_len] contiguous, -1: not a token
+  const float* lse;            // [batch, num_heads, q_len] natural log, or nullptr: computed here
+  float*
+      mass;  // [batch, num_kv_heads, kv_len] zero-filled: summed over queries and the query group
   int batch, num_heads, num_kv_heads, head_dim;
   int64_t q_len, kv_len, q_start;
   float softmax_scale;
@@ -110,40 +120,42 @@ struct AttentionMassParams {
 };
 
 struct MergeStatesParams {
-  const void* o;                    // [num_states, rows, head_dim] contiguous
-  const float* lse;                 // [num_states, rows]
-  void* out;                        // [rows, head_dim]
-  float* out_lse;                   // [rows]
+  const void* o;     // [num_states, rows, head_dim] contiguous
+  const float* lse;  // [num_states, rows]
+  void* out;         // [rows, head_dim]
+  float* out_lse;    // [rows]
   DType dtype;
   int64_t num_states, rows;
   int head_dim;
 };
 
 struct GateScoreParams {
-  const HeadsView* keys;            // [num_layers] of [batch, num_kv_heads, kv_len, head_dim], one dtype
-  const float* weights[3];          // [num_layers, num_kv_heads, out, in] contiguous
-  const float* biases[3];           // [num_layers, num_kv_heads, out] contiguous
-  int sizes[4];                     // head_dim, hidden..., 1
-  int num_linear;                   // 2 or 3
-  float* scores;                    // [num_layers, batch, num_kv_heads, kv_len]
+  const HeadsView* keys;    // [num_layers] of [batch, num_kv_heads, kv_len, head_dim], one dtype
+  const float* weights[3];  // [num_layers, num_kv_heads, out, in] contiguous
+  const float* biases[3];   // [num_layers, num_kv_heads, out] contiguous
+  int sizes[4];             // head_dim, hidden..., 1
+  int num_linear;           // 2 or 3
+  float* scores;            // [num_layers, batch, num_kv_heads, kv_len]
   int num_layers, batch, num_kv_heads;
   int64_t kv_len;
 };
 
 struct SelectParams {
-  const float* scores;              // [groups, heads, n]; -inf: not a candidate
-  const int8_t* current;            // [groups, heads, n]: present tier, num_tiers: still in full precision, -1: no token
-  const int64_t* budgets;           // [groups] bytes
+  const float* scores;     // [groups, heads, n]; -inf: not a candidate
+  const int8_t* current;   // [groups, heads, n]: present tier, num_tiers: still in full precision,
+                           // -1: no token
+  const int64_t* budgets;  // [groups] bytes
   int64_t page_bytes[MAX_TIERS];
-  double distortion[MAX_TIERS];     // relative squared error that a tier leaves
+  double distortion[MAX_TIERS];  // relative squared error that a tier leaves
   double evict_distortion;
   double zipf_offset;
   int num_tiers;
-  int8_t* tiers;                    // [groups, heads, n]: tier or -1
+  int8_t* tiers;  // [groups, heads, n]: tier or -1
   int64_t groups, heads, n;
 };
 
-// One entry per op; a kernel set (portable, AVX2, AVX-512) fills one table. Chosen once per process, see isa.h.
+// One entry per op; a kernel set (portable, AVX2, AVX-512) fills one table. Chosen once per
+// process, see isa.h.
 struct KernelTable {
   const char* name;
   void (*quantize_kv)(const QuantizeParams&, const Parallel&);
@@ -157,8 +169,9 @@ struct KernelTable {
   void (*select_kv)(const SelectParams&, const Parallel&);
 };
 
-// The kernel set of this process: the best that the CPU has, or the one that SMARTKV_ISA=portable|avx2|avx512 names.
-// Throws std::runtime_error naming the variable, its value and what is accepted, if that set is unknown or cannot run here.
+// The kernel set of this process: the best that the CPU has, or the one that
+// SMARTKV_ISA=portable|avx2|avx512 names. Throws std::runtime_error naming the variable, its value
+// and what is accepted, if that set is unknown or cannot run here.
 const KernelTable& cpu_kernels();
 
 }  // namespace smartkv
