@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from smartkv_ext.cli.models import load_model
 
 

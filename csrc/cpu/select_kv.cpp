@@ -41,9 +41,16 @@ std::vector<Step> upgrade_path(const SelectParams& p) {
 
 using Pages = int64_t[MAX_TIERS];
 
-// Pages to buy per tier for num_tokens ranked tokens.
-void plan_pages(const SelectParams& p, const std::vector<Step>& path, int64_t num_tokens,
+// Pages to buy per tier. eligible[t] tokens may take tier t: those not in a lower one already. A
+// page above the reach of some tokens is bought only where the others fill it: an open slot in it
+// is lost to the rest.
+void plan_pages(const SelectParams& p, const std::vector<Step>& path, const Pages& eligible,
                 int64_t budget, Pages& pages) {
+  const int64_t num_tokens = eligible[0];
+  Pages limit = {}, taken_up = {};  // blocks that may be, and are, at this tier or above
+  for (int t = 0; t < p.num_tiers; ++t) {
+    limit[t] = (eligible[t] + (eligible[t] == num_tokens ? PAGE_SIZE - 1 : 0)) / PAGE_SIZE;
+  }
   const int64_t num_blocks = (num_tokens + PAGE_SIZE - 1) / PAGE_SIZE;
   std::vector<std::tuple<double, int64_t, int>> upgrades;
   upgrades.reserve(num_blocks * path.size());
@@ -60,10 +67,13 @@ void plan_pages(const SelectParams& p, const std::vector<Step>& path, int64_t nu
   std::sort(upgrades.begin(), upgrades.end());
   std::vector<int> level(num_blocks, 0);  // upgrades taken per block
   for (const auto& [gain, block, step] : upgrades) {
-    if (level[block] == step && path[step].bytes <= budget) {
-      budget -= path[step].bytes;
-      level[block] = step + 1;
-    }
+    const int from = step > 0 ? path[step - 1].tier + 1 : 0;
+    bool fits = level[block] == step && path[step].bytes <= budget;
+    for (int t = from; t <= path[step].tier; ++t) fits = fits && taken_up[t] < limit[t];
+    if (!fits) continue;
+    budget -= path[step].bytes;
+    level[block] = step + 1;
+    for (int t = from; t <= path[step].tier; ++t) ++taken_up[t];
   }
   std::fill(pages, pages + MAX_TIERS, 0);
   for (const int taken : level) {
@@ -104,11 +114,18 @@ struct Placer {
   Placer(const SelectParams& params, int64_t g)
       : p(params), group(g), slots(params.heads * MAX_TIERS, 0) {}
 
+  static int64_t tie_of(uint64_t key) { return static_cast<int64_t>(key & 0xffffffffu); }
+
+  // Index of the token in scores, current and tiers.
+  int64_t place_of(uint64_t key) const {
+    const int64_t tie = tie_of(key);
+    return (group * p.heads + tie % p.heads) * p.n + (p.n - 1 - tie / p.heads);
+  }
+
   // Highest tier not above the token's present one that still has room.
   bool place(uint64_t key) {
-    const int64_t tie = static_cast<int64_t>(key & 0xffffffffu);
-    const int64_t h = tie % p.heads;
-    const int64_t at = (group * p.heads + h) * p.n + (p.n - 1 - tie / p.heads);
+    const int64_t h = tie_of(key) % p.heads;
+    const int64_t at = place_of(key);
     int64_t* const free_slots = &slots[h * MAX_TIERS];
     for (int t = std::min<int>(p.current[at], p.num_tiers - 1); t >= 0; --t) {
       if (free_slots[t] == 0 && pages[t] > 0) {
@@ -135,8 +152,12 @@ void select_group(const SelectParams& p, const std::vector<Step>& path, int64_t 
   std::fill_n(p.tiers + group * p.heads * p.n, p.heads * p.n, int8_t{-1});
   const std::vector<uint64_t> order = ranked_tokens(p, group);
   Placer placer(p, group);
-  const int64_t num_tokens = static_cast<int64_t>(order.size());
-  plan_pages(p, path, num_tokens, p.budgets[group], placer.pages);
+  Pages eligible = {};
+  for (const uint64_t key : order) {
+    const int reach = std::min<int>(p.current[placer.place_of(key)], p.num_tiers - 1);
+    for (int t = 0; t <= reach; ++t) ++eligible[t];
+  }
+  plan_pages(p, path, eligible, p.budgets[group], placer.pages);
   int64_t spare = p.budgets[group] - placer.stock_bytes();
   std::vector<uint64_t> passed;
   for (const uint64_t key : order) {

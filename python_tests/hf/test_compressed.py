@@ -9,9 +9,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
-from smartkv_ext.hf.mask import smartkv_mask
 
 POLICIES = ["full", "keydiff", "knorm", "random", "sliding_window", "snapkv", "streaming_llm", "tova"]
+
+
+def padding_mask(*args, attention_mask=None, kv_length=None, **kwargs):
+    """The 2D padding mask as it is."""
+    if attention_mask is None:
+        return None
+    return torch.nn.functional.pad(attention_mask.bool(), (0, kv_length - attention_mask.shape[1]), value=True)
 
 
 class Recorder:
@@ -86,7 +92,7 @@ def compressed_run(model, ids, mask, new=70, values=False, **kwargs):
 
 def assert_replay_equal(model, ids, mask, out, recorder, atol=1e-4):
     AttentionInterface.register("replay", Replay(recorder))
-    AttentionMaskInterface.register("replay", smartkv_mask)
+    AttentionMaskInterface.register("replay", padding_mask)
     model.set_attn_implementation("replay")
     reference = generate(model, ids, mask, DynamicCache(), new=len(out.logits))  # keeps all, window or not
     model.set_attn_implementation("sdpa")

@@ -84,6 +84,7 @@ def _collect(layer: SmartKVLayer, window: int, softmax_scale: float) -> _Candida
     gone = (positions[:, :outside] < 0) | sink
     if layer.sliding_window:
         horizon = layer.seen - layer.sliding_window  # the next query sees positions above this
+        layer.lost_until = max(layer.lost_until, horizon)
         gone = gone | (positions[:, :outside] <= horizon)
         old_scores = old_scores.masked_fill(old_positions <= horizon, -torch.inf)
     scores = scores.nan_to_num(nan=-torch.finfo(torch.float32).max).masked_fill(gone[:, None], -torch.inf)
@@ -207,9 +208,9 @@ def _apply(layer: SmartKVLayer, found: _Candidates, tiers: torch.Tensor, size: t
     """Carry out the decision, then let the window forget what was packed."""
     n = tiers.shape[2]
     slots = n - found.outside
-    old, now = tiers[:, :, :slots], found.current[:, :, :slots]
-    held = layer.store.slot_mask().flatten(2)
-    changed = bool((held & (old != now)).any())
+    held, old = layer.store.slot_mask(), tiers[:, :, :slots].reshape(layer.store.slot_mask().shape)
+    here = torch.arange(held.shape[2], dtype=torch.int8, device=held.device)[:, None]
+    changed = bool((held & (old != here)).any())
     new = None
     if found.outside and bool((tiers[:, :, slots:] >= 0).any()):
         new = {
@@ -220,8 +221,7 @@ def _apply(layer: SmartKVLayer, found: _Candidates, tiers: torch.Tensor, size: t
             "tiers": tiers[:, :, slots:].contiguous(),
         }
     if changed or new:
-        targets = old.reshape(*old.shape[:2], len(layer.store.layouts), -1) if changed else None
-        layer.store.update(targets, new)
+        layer.store.update(old if changed else None, new)
     num_sinks = layer.config.num_sinks
     layer.capacity = num_sinks + sum(size)
     if found.outside:

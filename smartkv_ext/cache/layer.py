@@ -44,6 +44,8 @@ class SmartKVLayer(CacheLayerMixin):
         self.capacity = 0
         self.softmax_scale = 0.0
         self.recording = False  # lossy steps wait until crop() commits (assisted decoding)
+        self.uncommitted = False  # while recording: a forward that no crop() has followed yet
+        self.lost_until = -1  # positions up to here have left the sliding window and are gone
         self._handed_over = False
 
     # -- transformers protocol -------------------------------------------------------------------------------------
@@ -77,7 +79,8 @@ class SmartKVLayer(CacheLayerMixin):
             raise RuntimeError("SmartKVCache needs a patched model: call smartkv_ext.patch(model) first")
         self._handed_over = False
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            with torch.inference_mode(False):  # the cache outlives an inference-mode prefill
+                self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         return key_states, value_states
 
@@ -118,20 +121,37 @@ class SmartKVLayer(CacheLayerMixin):
         self._clear()
 
     def activate_past_recording(self) -> None:
-        """Assisted decoding: hold every lossy step until crop() says what is kept."""
+        """Assisted decoding: hold every lossy step until crop() says what is kept.
+
+        transformers never says when assisted decoding ends: two forwards without a crop() between them do.
+        """
         self.recording = True
+        self.uncommitted = False
 
     def crop(self, length: int) -> None:
         """Remove the -length newest tokens (length <= 0), or keep the first ``length`` (older transformers)."""
         new = length if length > 0 else self.seen + length
+        self.uncommitted = False
         if not self.is_initialized or new >= self.seen:
             return
         if new < 0:
             raise ValueError(f"crop must leave at least 0 of {self.seen} tokens; got {length}")
+        if new == 0:
+            recording, self.uncommitted = self.recording, False
+            self._clear()
+            self.recording = recording
+            return
+        if self.sliding_window and new - self.sliding_window < self.lost_until:
+            raise ValueError(
+                f"crop to {new} tokens needs positions from {new - self.sliding_window + 1} on; layer {self.layer_idx} "
+                f"slides over {self.sliding_window} tokens and has forgotten those up to {self.lost_until}"
+            )
         count = self.seen - new
         padding = self.window.held_positions()[:, -count:] < 0
-        self.row_tokens -= count - padding.sum(1)
-        self.window.crop(new, count)
+        # Padding that was dropped when its neighbours were packed is not known any more: never count below zero.
+        self.row_tokens = (self.row_tokens - (count - padding.sum(1))).clamp(min=0)
+        self.window.crop(new, count, self.capacity)
+        self.config.policy.crop(self.state, new)
         if not self.store.is_empty:
             packed = self.store.positions()
             if bool((packed >= new).any()):
@@ -146,6 +166,9 @@ class SmartKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         index = index.to(self.device)
+        if len(index) > self.batch_size:
+            self.config.check_budget(self.dtype.itemsize, len(index))
+            self.capacity = 0  # more sequences share the budget: pack at the next step
         if torch.equal(index, torch.arange(self.batch_size, device=self.device)):
             return
         self.window.index_select(index)
@@ -179,6 +202,9 @@ class SmartKVLayer(CacheLayerMixin):
         k, v and, if the policy needs it, pre_rope (batch, num_kv_heads, q_len, head_dim); valid (batch, q_len) bool
         or None.
         """
+        if self.recording and self.uncommitted:
+            self.recording = False
+        self.uncommitted = self.recording
         new = {"k": k, "v": v}
         if self.config.policy.needs_pre_rope_keys:
             if pre_rope is None:
@@ -203,7 +229,7 @@ class SmartKVLayer(CacheLayerMixin):
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
         policy = self.config.policy
-        keep = policy.prefill_queries if q.shape[2] > 1 else policy.decode_queries
+        keep = policy.prefill_queries if q.shape[2] >= policy.prefill_queries else policy.decode_queries
         if keep:
             past = q if self.queries is None else torch.cat([self.queries, q], 2)
             self.queries = past[:, :, -keep:].clone()

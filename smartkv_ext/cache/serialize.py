@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from smartkv_ext.policies import get_policy
+from smartkv_ext.policies import POLICIES, get_policy
 from smartkv_ext.quant import Budget, QuantSpec
 from smartkv_ext.reference.layout import PAGE_FORMAT_VERSION
 
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from .layer import SmartKVLayer
 
 FORMAT_VERSION = 1
-_LAYER_FIELDS = ("seen", "head_offset", "capacity", "recording", "softmax_scale")
+_LAYER_FIELDS = ("seen", "head_offset", "capacity", "recording", "uncommitted", "lost_until", "softmax_scale")
 
 
 def save(cache: SmartKVCache, path: Path) -> None:
     """See SmartKVCache.save. The file appears whole or not at all."""
     config = cache.smartkv_config
+    if POLICIES.get(config.policy.name) is not type(config.policy):
+        raise ValueError(f"policy {config.policy.name!r} is not one of smartkv_ext.policies: a file could not name it")
     header = {
         "format_version": FORMAT_VERSION,
         "page_format_version": PAGE_FORMAT_VERSION,
@@ -79,13 +81,13 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     for name, known in (("format_version", FORMAT_VERSION), ("page_format_version", PAGE_FORMAT_VERSION)):
-        if header[name] != known:
-            raise ValueError(f"{path} has {name} {header[name]}; this smartkv_ext reads {known}")
+        if header.get(name) != known:
+            raise ValueError(f"{path} has {name} {header.get(name)}; this smartkv_ext reads {known}")
     geometry = ModelGeometry.from_config(config)
     saved = header["geometry"] | {"sliding_windows": tuple(header["geometry"]["sliding_windows"])}
     if ModelGeometry(**saved) != geometry:
         raise ValueError(f"{path} belongs to another model: it holds {ModelGeometry(**saved)}, config is {geometry}")
-    cache = cls(config)
+    cache = cls(config, budget=None)
     policy = dict(header["policy"])
     quant = header["quant"] | {"tiers": tuple(header["quant"]["tiers"])}
     cache.smartkv_config = CacheConfig(

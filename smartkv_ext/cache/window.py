@@ -87,11 +87,16 @@ class DenseWindow:
         positions[:, num_sinks:kept] = self.positions[:, outside : self.used]
         self.positions, self.used, self.sink_slots = positions, kept, num_sinks
 
-    def crop(self, length: int, removed: int) -> None:
-        """Forget the ``removed`` newest slots, and whatever else is at positions >= length."""
+    def crop(self, length: int, removed: int, capacity: int) -> None:
+        """Forget the ``removed`` newest slots and whatever else is at positions >= length; shrink towards
+        ``capacity``."""
         self.used = max(self.used - removed, self.sink_slots)
         self.positions[:, self.used :] = -1
         self.positions.masked_fill_(self.positions >= length, -1)
+        capacity = max(capacity, self.used)
+        if capacity < self.shape[2]:
+            self.buffers = {name: x[:, :, :capacity].clone() for name, x in self.buffers.items()}
+            self.positions = self.positions[:, :capacity].clone()
 
     def index_select(self, index: torch.Tensor) -> None:
         """Make row i a copy of the old row index[i]."""

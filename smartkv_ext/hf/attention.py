@@ -37,7 +37,10 @@ def smartkv_attention(
         raise NotImplementedError("generate_batch (continuous batching) is not supported: unpatch the model first")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if smartkv_cache is None:
-        return _sdpa(module, query, key, value, attention_mask, scaling, dropout, sliding_window or 0, **kwargs)
+        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out, None
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise NotImplementedError(
             "output_attentions must be False with a SmartKVCache: attention weights never exist whole"
@@ -53,25 +56,26 @@ def smartkv_attention(
     )
 
 
-def _sdpa(
+def _prefill(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    padding: torch.Tensor | None,
+    valid: torch.Tensor | None,
     scaling: float,
-    dropout: float,
     sliding_window: int,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    if padding is None or padding.dim() == 2:
-        padding = dense_mask(padding, query.shape[2], key.shape[2], sliding_window, query.device)
-    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, padding, dropout=dropout, scaling=scaling, is_causal=padding is None, **kwargs
-    )
-    return out, None
+) -> torch.Tensor:
+    """The first tokens of a cache see nothing but each other: stock sdpa."""
+    mask = dense_mask(valid, query.shape[2], key.shape[2], sliding_window, query.device)
+    out: torch.Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, mask, scaling=scaling, is_causal=mask is None, **kwargs
+    )[0]
+    return out
 
 
+@torch.inference_mode(False)  # what the cache keeps must outlive an inference-mode prefill
+@torch.no_grad()
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # packing depends on lengths that change every step: traced, each would be a new graph
 def _cached(
     module: torch.nn.Module,
@@ -96,7 +100,7 @@ def _cached(
         layer.append(key, value, None if pre_rope is None else pre_rope.like(key), valid)
         layer.remember_queries(query)
         if start == 0 and q_len > 1:
-            out, _ = _sdpa(module, query, key, value, valid, scaling, 0.0, layer.sliding_window, **kwargs)
+            out = _prefill(module, query, key, value, valid, scaling, layer.sliding_window, **kwargs)
         else:
             out = layer.attend(query, scaling)[0].transpose(1, 2)
         cache.after_attention(layer_idx, scaling)

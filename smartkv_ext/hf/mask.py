@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+# Whether the forward that is running was given a SmartKVCache: the mask function is not told, and without one the
+# mask must be exactly that of sdpa (packed sequences, static caches).
+smartkv_forward: ContextVar[bool] = ContextVar("smartkv_forward", default=False)
 
 
 def smartkv_mask(
     *args: Any, attention_mask: torch.Tensor | None = None, kv_length: int | None = None, **kwargs: Any
 ) -> torch.Tensor | None:
-    """The (batch, kv_length) bool padding mask, or None where nothing is padded.
+    """The (batch, kv_length) bool padding mask, or None where nothing is padded; without a SmartKVCache, sdpa's mask.
 
     Registered under the attention's own name: without it transformers would pass no mask at all, and left padding
     would be ignored without a word.
     """
+    if not smartkv_forward.get():
+        mask: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            *args, attention_mask=attention_mask, kv_length=kv_length, **kwargs
+        )
+        return mask
     if attention_mask is None:
         return None
     mask = attention_mask.bool()

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from smartkv_ext.cache import SmartKVCache
 
 from .attention import NAME, smartkv_attention
-from .mask import smartkv_mask
+from .mask import smartkv_forward, smartkv_mask
 from .pre_rope import capture, key_source, on_key, release
 
 AttentionInterface.register(NAME, smartkv_attention)
@@ -28,12 +28,20 @@ def _before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, SmartKVCache):
-        return None
+    if not isinstance(cache, SmartKVCache) or cast(Any, module.config)._attn_implementation != NAME:
+        return None  # update() then refuses: another attention function would not see what the cache holds
     cache.layers[cast(int, module.layer_idx)].hand_over()
     if cache.smartkv_config.policy.needs_pre_rope_keys:
         kwargs["smartkv_pre_rope"] = capture(module)
     return args, {**kwargs, "smartkv_cache": cache}
+
+
+def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    smartkv_forward.set(isinstance(kwargs.get("past_key_values"), SmartKVCache))
+
+
+def _after_model(module: nn.Module, args: Any, output: Any) -> None:
+    smartkv_forward.set(False)
 
 
 def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -90,7 +98,10 @@ def patch(model: PreTrainedModel) -> PatchHandle:
     model.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:  # transformers only logs a warning when a class cannot switch
         raise RuntimeError(f"{type(model).__name__} does not let its attention implementation be chosen")
-    hooks = []
+    hooks = [
+        model.base_model.register_forward_pre_hook(_before_model, with_kwargs=True),
+        model.base_model.register_forward_hook(_after_model, always_call=True),
+    ]
     for module in attention_modules(model):
         hooks.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
         hooks.append(key_source(module).register_forward_hook(on_key))

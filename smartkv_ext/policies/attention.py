@@ -47,6 +47,10 @@ class SnapKV(Policy):
 
     def score(self, view: TokenView) -> torch.Tensor:
         mass, q_len = received_attention(view, self.prefill_queries)
+        # Sinks lie beside the window but far away in the text: their mass must not be pooled into its oldest tokens.
+        jump = F.pad(view.positions.diff(dim=1) > 1, (0, 1)) & (view.positions >= 0)
+        before = jump.flip(1).cumsum(1).flip(1) > 0
+        mass = mass.masked_fill(before[:, None], 0.0)
         pooled = F.max_pool1d(mass.flatten(0, 1), self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pooled.view_as(mass) / q_len
 

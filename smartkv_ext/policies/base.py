@@ -69,3 +69,6 @@ class Policy:
         """
         del mass, num_queries
         return scores
+
+    def crop(self, state: dict[str, torch.Tensor], length: int) -> None:
+        """Tokens at positions >= ``length`` were taken back. Default: nothing to do."""

@@ -47,3 +47,8 @@ class KeyDiff(Policy):
         view.state["keydiff_anchor"] = anchor
         view.state["keydiff_seen"] = torch.maximum(seen, view.positions.amax(1))
         return -(unit * F.normalize(anchor, dim=-1)[:, :, None]).sum(-1)
+
+    def crop(self, state: dict[str, torch.Tensor], length: int) -> None:
+        # The removed keys stay in the sum, as a small part of a mean; what follows them must be counted.
+        if "keydiff_seen" in state:
+            state["keydiff_seen"] = state["keydiff_seen"].clamp(max=length - 1)

@@ -36,14 +36,21 @@ def upgrade_path(
 
 
 def plan_pages(
-    num_tokens: int,
+    eligible: Sequence[int],
     budget: int,
     page_bytes: Sequence[int],
     distortion: Sequence[float],
     evict_distortion: float,
     zipf_offset: float,
 ) -> list[int]:
-    """Pages to buy per tier for num_tokens ranked tokens."""
+    """Pages to buy per tier. eligible[t] tokens may take tier t: those that are not in a lower one already.
+
+    A page above the reach of some tokens is bought only where the others fill it: an open slot in it is lost to the
+    rest.
+    """
+    num_tokens = eligible[0]
+    limit = [-(-n // PAGE_SIZE) if n == num_tokens else n // PAGE_SIZE for n in eligible]
+    taken_up = [0] * len(page_bytes)  # blocks at this tier or above
     path = upgrade_path(page_bytes, distortion, evict_distortion)
     upgrades = []
     for block in range(-(-num_tokens // PAGE_SIZE)):
@@ -56,9 +63,12 @@ def plan_pages(
     level = [0] * -(-num_tokens // PAGE_SIZE)  # upgrades taken per block
     left = budget
     for _, block, step in upgrades:
-        if level[block] == step and path[step][1] <= left:
+        rises = range(path[step - 1][0] + 1 if step else 0, path[step][0] + 1)
+        if level[block] == step and path[step][1] <= left and all(taken_up[t] < limit[t] for t in rises):
             left -= path[step][1]
             level[block] = step + 1
+            for t in rises:
+                taken_up[t] += 1
     pages = [0] * len(page_bytes)
     for taken in level:
         if taken:
@@ -88,7 +98,9 @@ def select_kv(
         ]
         order.sort()  # best score first; ties: newest first, then lower head
         budget = int(budgets[g])
-        pages = plan_pages(len(order), budget, page_bytes, distortion, evict_distortion, zipf_offset)
+        present = [int(current[g, h, -i]) for _, i, h in order]
+        eligible = [sum(c >= t for c in present) for t in range(num_tiers)]
+        pages = plan_pages(eligible, budget, page_bytes, distortion, evict_distortion, zipf_offset)
         spare = budget - sum(p * b for p, b in zip(pages, page_bytes, strict=True))
         slots = [[0] * num_tiers for _ in range(heads)]  # free records in the open page of each head and tier
         passed = []
