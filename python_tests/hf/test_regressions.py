@@ -116,6 +116,20 @@ def test_cropping_into_a_forgotten_sliding_window_is_refused():
             cache.crop(-70)
 
 
+def test_a_refused_crop_changes_no_layer():
+    model = tiny("qwen3_hybrid")  # two full layers, then two that slide over 40 tokens
+    ids, _ = prompts(1, 200)
+    with smartkv_ext.patch(model), torch.no_grad():
+        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="has forgotten"):
+            cache.crop(-70)
+        assert {layer.seen for layer in cache.layers} == {200}
+        with pytest.raises(RuntimeError, match="it is empty now"):
+            cache.rollback(130)
+        assert cache.get_seq_length() == 0
+
+
 def test_repeating_rows_keeps_a_byte_budget():
     model = tiny("qwen2")
     ids, _ = prompts(1, 800)

@@ -78,6 +78,8 @@ class SmartKVCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Remove the -max_length newest tokens, or keep the first max_length; 0 commits what was recorded."""
+        for layer in self.layers:  # all or none: layers of different lengths would be silently wrong
+            layer.check_crop(max_length if max_length > 0 else layer.seen + max_length)
         for layer in self.layers:
             layer.crop(max_length)
         self._pack_if_due(force_recorded=True)
@@ -109,7 +111,16 @@ class SmartKVCache(Cache):
                 compress([layer], layer.softmax_scale)
 
     def rollback(self, length: int) -> None:
-        """After a failed forward: forget what the layers before the failing one have already taken in."""
+        """After a failed forward: forget what the layers before the failing one have already taken in.
+
+        Raises RuntimeError, and empties the cache, where a sliding layer has let go of tokens that it needs.
+        """
+        try:
+            for layer in self.layers:
+                layer.check_crop(min(length, layer.seen))
+        except ValueError as error:
+            self.reset()  # type: ignore[no-untyped-call]
+            raise RuntimeError("the step failed and the cache could not be restored: it is empty now") from error
         for layer in self.layers:
             if layer.seen > length:
                 layer.crop(length - layer.seen)

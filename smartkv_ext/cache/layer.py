@@ -134,18 +134,12 @@ class SmartKVLayer(CacheLayerMixin):
         self.uncommitted = False
         if not self.is_initialized or new >= self.seen:
             return
-        if new < 0:
-            raise ValueError(f"crop must leave at least 0 of {self.seen} tokens; got {length}")
+        self.check_crop(new)
         if new == 0:
             recording, self.uncommitted = self.recording, False
             self._clear()
             self.recording = recording
             return
-        if self.sliding_window and new - self.sliding_window < self.lost_until:
-            raise ValueError(
-                f"crop to {new} tokens needs positions from {new - self.sliding_window + 1} on; layer {self.layer_idx} "
-                f"slides over {self.sliding_window} tokens and has forgotten those up to {self.lost_until}"
-            )
         count = self.seen - new
         padding = self.window.held_positions()[:, -count:] < 0
         # Padding that was dropped when its neighbours were packed is not known any more: never count below zero.
@@ -160,6 +154,16 @@ class SmartKVLayer(CacheLayerMixin):
         if self.queries is not None:
             self.queries = self.queries[:, :, : max(self.queries.shape[2] - (self.seen - new), 0)]
         self.seen = new
+
+    def check_crop(self, new: int) -> None:
+        """Raise ValueError if the layer cannot go back to its first ``new`` tokens; changes nothing."""
+        if new < 0:
+            raise ValueError(f"crop must leave at least 0 of {self.seen} tokens; got {new}")
+        if self.sliding_window and 0 < new < self.seen and new - self.sliding_window < self.lost_until:
+            raise ValueError(
+                f"crop to {new} tokens needs positions from {new - self.sliding_window + 1} on; layer {self.layer_idx} "
+                f"slides over {self.sliding_window} tokens and has forgotten those up to {self.lost_until}"
+            )
 
     def index_select(self, index: torch.Tensor) -> None:
         """Make row i a copy of the old row index[i]."""
