@@ -5,130 +5,56 @@
 
 namespace smartkv::SMARTKV_ISA {
 
-// One call: the parameters and all scratch memory.
-struct AttentionRun {
-  const DecodeAttentionParams& p;
-  const AttentionPlan& plan;
-  const TierCodecs& codecs;
-  char* memory;
-  bool rotated;  // some tier is quantised
+// Tiles that are attended together: all in one space, more than one only for few rows.
+struct TileBatch {
+  Tile tiles[BATCH_TILES];
+  int count = 0;
 };
 
-// Scratch of one part.
-struct Workspace {
-  Queries queries;
-  float* k_tile;
-  float* v_tile;
-  float* scores;  // [ROW_BLOCK, 64]
-};
-
-SMARTKV_INLINE int64_t align_up(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-inline int64_t workspace_floats(const DecodeAttentionParams& p) {
-  const int64_t rows = align_up(num_rows(p)), head_dim = p.cache.head_dim;
-  return 2 * rows * head_dim + rows + 2 * tile_floats(p.cache.head_dim) + ROW_BLOCK * PAGE_SIZE;
+SMARTKV_INLINE int batch_tiles(const DecodeAttentionParams& p) {
+  const int64_t fit = ROW_BLOCK / num_rows(p);
+  return fit < 1 ? 1 : fit < BATCH_TILES ? static_cast<int>(fit) : BATCH_TILES;
 }
 
-inline int64_t state_floats(const DecodeAttentionParams& p) {
-  const int64_t rows = align_up(num_rows(p));
-  return (p.out == nullptr ? 0 : rows * p.cache.head_dim) + 2 * rows;
+// What product `phase` of 2 * count fetches: half a page of the tiles to come. Memory is fastest
+// when its lines are asked for in order and evenly, whatever the products read.
+inline const uint8_t* fetch_in_phase(const TileBatch& tiles, int phase, int head_dim) {
+  const Tile& tile = tiles.tiles[phase / 2];
+  if (tile.bits == 16) return nullptr;
+  const int64_t lines = (tile.page_bytes / 64 + 1) / 2, in_step = record_lanes(tile.bits, head_dim);
+  const uint8_t* fetch = tile.next + phase % 2 * lines * 64;
+  for (int64_t i = in_step; i < lines; ++i, fetch += 64) __builtin_prefetch(fetch, 0, 3);
+  return fetch;
 }
 
-inline Workspace workspace_of(const AttentionRun& run, int64_t part) {
-  const int64_t rows = align_up(num_rows(run.p)), values = rows * run.p.cache.head_dim;
-  float* x = reinterpret_cast<float*>(run.memory) + part * workspace_floats(run.p);
-  Workspace w;
-  w.queries = {x, x + values, x + 2 * values};
-  w.k_tile = x + 2 * values + rows;
-  // A single row block is done with K before it needs V: one buffer stays in the first cache.
-  const bool shared = num_rows(run.p) <= ROW_BLOCK;
-  w.v_tile = w.k_tile + (shared ? 0 : tile_floats(run.p.cache.head_dim));
-  w.scores = w.k_tile + 2 * tile_floats(run.p.cache.head_dim);
-  return w;
-}
-
-inline State state_of(const AttentionRun& run, int64_t slot) {
-  const int64_t parts = run.plan.parts;
-  const int64_t rows = align_up(num_rows(run.p));
-  float* x = reinterpret_cast<float*>(run.memory) + parts * workspace_floats(run.p) +
-             slot * state_floats(run.p);
-  const bool has_output = run.p.out != nullptr;
-  float* max = x + (has_output ? rows * run.p.cache.head_dim : 0);
-  return {has_output ? x : nullptr, max, max + rows};
-}
-
-SMARTKV_INLINE State state_row(State state, int64_t row, int head_dim) {
-  return {state.o == nullptr ? nullptr : state.o + row * head_dim, state.max + row,
-          state.sum + row};
-}
-
-struct RowBlock {
-  int64_t begin;
-  int count;
-};
-
-// Few rows multiply the packed codes directly.
-SMARTKV_INLINE bool is_k_fused(const AttentionRun& run, const Tile& tile) {
-  return tile.bits < 16 && num_rows(run.p) <= FUSED_ROWS;
-}
-SMARTKV_INLINE bool is_v_fused(const AttentionRun& run, const Tile& tile) {
-  return is_k_fused(run, tile) && run.codecs.at[tile.ref.tier].has_aligned_v;
-}
-
-// Products of the queries of a block with a tile; false when none of them can see it.
-inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Workspace& w,
-                             RowBlock block) {
+inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const Workspace& w,
+                         State state, RowBlock rows) {
   const DecodeAttentionParams& p = run.p;
-  const int64_t last = (block.begin + block.count - 1) / num_groups(p);
-  if (span_of_query(p, last).high < tile.first_position) return false;
-  const int head_dim = p.cache.head_dim;
-  if (is_k_fused(run, tile)) {
-    multiply_k_rows(run.codecs.at[tile.ref.tier], {tile.page, tile.next}, block.count,
-                    w.queries.rotated, w.scores);
-    return true;
+  const bool raw = tiles.tiles[0].bits == 16, is_single = w.v_tile == w.k_tile;
+  Span spans[ROW_BLOCK];
+  float bias[ROW_BLOCK];
+  for (int i = 0; i < rows.count; ++i) {
+    spans[i] = span_of_query(p, (rows.begin + i) / num_groups(p));
+    bias[i] = raw ? 0.0f : w.queries.bias[rows.begin + i];
   }
-  const float* q = tile.bits == 16 ? w.queries.plain : w.queries.rotated;
-  gemm<false>(
-      {q + block.begin * head_dim, head_dim, w.k_tile, PAGE_SIZE, w.scores, PAGE_SIZE, head_dim},
-      block.count, PAGE_SIZE);
-  return true;
-}
-
-inline void attend_block(const AttentionRun& run, const Tile& tile, const Workspace& w, State state,
-                         RowBlock block) {
-  const DecodeAttentionParams& p = run.p;
-  const int head_dim = p.cache.head_dim;
-  if (!multiply_queries(run, tile, w, block)) return;
-  for (int i = 0; i < block.count; ++i) {
-    const int64_t row = block.begin + i;
-    const float bias = tile.bits == 16 ? 0.0f : w.queries.bias[row];
-    const Span span = span_of_query(p, row / num_groups(p));
-    float* s = w.scores + i * PAGE_SIZE;
-    const State at_row = state_row(state, row, head_dim);
-    if (tile.all_visible) {
-      softmax_row<false>(tile, span, bias, s, at_row, head_dim);
-    } else {
-      softmax_row<true>(tile, span, bias, s, at_row, head_dim);
-    }
+  const Batch batch{tiles.tiles, tiles.count, spans,
+                    bias,        rows.count,  p.cache.head_dim,
+                    w.scores,    w.weights,   state_row(state, rows.begin, p.cache.head_dim)};
+  for (int t = 0; t < tiles.count; ++t) {
+    const uint8_t* fetch = fetch_in_phase(tiles, t, batch.head_dim);
+    if (is_single) load_k(run, tiles.tiles[t], w, fetch);
+    // Of several blocks some may see nothing of their only tile.
+    if (!multiply_queries(run, tiles.tiles[t], w, rows, fetch, batch.scores_at(t, 0))) return;
   }
+  const int digits = digits_of(run, tiles.tiles[0]);
+  digits == 2   ? softmax_batch<2>(batch)
+  : digits == 1 ? softmax_batch<1>(batch)
+                : softmax_batch<0>(batch);
   if (p.out == nullptr) return;
-  if (is_v_fused(run, tile)) {
-    const int64_t v_codes = v_codes_of(tile, head_dim) - tile.page;
-    multiply_v_rows(run.codecs.at[tile.ref.tier], {tile.page + v_codes, tile.next + v_codes},
-                    block.count, w.scores, state.o);
-    return;
-  }
-  if (w.v_tile == w.k_tile) decode_tile_v(tile, run.codecs, head_dim, w.v_tile);
-  gemm<true>({w.scores, PAGE_SIZE, w.v_tile, v_stride(head_dim), state.o + block.begin * head_dim,
-              head_dim, PAGE_SIZE},
-             block.count, head_dim);
-}
-
-template <class Body>
-SMARTKV_INLINE void for_row_blocks(int64_t rows, const Body& body) {
-  for (int64_t begin = 0; begin < rows; begin += ROW_BLOCK) {
-    const int64_t left = rows - begin;
-    body(RowBlock{begin, static_cast<int>(left < ROW_BLOCK ? left : ROW_BLOCK)});
+  for (int t = 0; t < tiles.count; ++t) {
+    const uint8_t* fetch = fetch_in_phase(tiles, tiles.count + t, batch.head_dim);
+    if (is_single) load_v(run, tiles.tiles[t], w, fetch);
+    multiply_weights(run, tiles.tiles[t], w, batch, t, fetch);
   }
 }
 
@@ -144,22 +70,42 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
   const DecodeAttentionParams& p = run.p;
   const int64_t rows = num_rows(p);
   prepare_queries(p, piece.head, run.rotated, w.queries);
-  clear_state(state, rows, p.cache.head_dim);
+  clear_state(state, rows, p.cache.head_dim, w.queries);
   bool in_rotated_space = run.rotated;
-  Tile tile;
+  TileBatch tiles;
+  const auto attend = [&] {
+    if (tiles.count == 0) return;
+    if (w.v_tile != w.k_tile) {  // several blocks share one decoded tile
+      const Tile& tile = tiles.tiles[0];
+      load_k(run, tile, w, tile.next);
+      if (p.out != nullptr) load_v(run, tile, w, tile.next);
+    }
+    for_row_blocks(rows, [&](RowBlock block) { attend_block(run, tiles, w, state, block); });
+    tiles.count = 0;
+  };
+  const int full = batch_tiles(p);
   for (int64_t i = piece.begin; i < piece.end; ++i) {
-    open_tile(p, piece.head, i, tile);
-    if (tile.visible == 0) continue;
-    if (in_rotated_space && tile.bits == 16) {
+    Tile& tile = tiles.tiles[tiles.count];
+    open_tile(p, piece.head, i, full, tile);
+    tile.shares = shares_of(run, piece.head, i);
+    if (tile.visible == 0) {
+      if (tile.shares.tops != nullptr) tile.shares.tops[0] = NO_SHARES;
+      continue;
+    }
+    const Tile& first = tiles.tiles[0];
+    const bool raw = tile.bits == 16;
+    if (raw != (first.bits == 16) || digits_of(run, tile) != digits_of(run, first)) {
+      const int slot = tiles.count;
+      attend();
+      tiles.tiles[0] = tiles.tiles[slot];
+    }
+    if (in_rotated_space && raw) {
       rotate_back(p, state);
       in_rotated_space = false;
     }
-    if (!is_k_fused(run, tile)) decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
-    if (p.out != nullptr && w.v_tile != w.k_tile) {
-      decode_tile_v(tile, run.codecs, p.cache.head_dim, w.v_tile);
-    }
-    for_row_blocks(rows, [&](RowBlock block) { attend_block(run, tile, w, state, block); });
+    if (++tiles.count == full) attend();
   }
+  attend();
   if (in_rotated_space) rotate_back(p, state);
 }
 
@@ -192,51 +138,6 @@ inline void merge_split(const AttentionRun& run, const SplitHead& split) {
   finish_head(run, split.head, into);
 }
 
-inline void add_mass_block(const AttentionRun& run, int64_t head, const Tile& tile,
-                           const Workspace& w, RowBlock block, float* mass) {
-  const DecodeAttentionParams& p = run.p;
-  if (!multiply_queries(run, tile, w, block)) return;
-  for (int i = 0; i < block.count; ++i) {
-    const int64_t row = block.begin + i;
-    const float lse = p.lse[output_row(p, head, row)];
-    if (!(lse > -INFINITY)) continue;
-    const float bias = tile.bits == 16 ? 0.0f : w.queries.bias[row];
-    const Span span = span_of_query(p, row / num_groups(p));
-    const float* s = w.scores + i * PAGE_SIZE;
-    if (tile.all_visible) {
-      add_mass_row<false>(tile, span, bias, s, lse, mass);
-    } else {
-      add_mass_row<true>(tile, span, bias, s, lse, mass);
-    }
-  }
-}
-
-// Where the mass of a tile goes; nullptr where it is not asked for.
-inline float* mass_of(const DecodeAttentionParams& p, int64_t head, const TileRef& ref) {
-  const int64_t first = ref.index * PAGE_SIZE;
-  if (ref.tier == p.cache.num_tiers) {
-    return p.window_mass == nullptr ? nullptr : p.window_mass + head * p.window_len + first;
-  }
-  if (p.mass == nullptr) return nullptr;
-  return p.mass + (head * p.cache.num_tiers + ref.tier) * p.cache.max_pages * PAGE_SIZE + first;
-}
-
-inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Workspace& w) {
-  const DecodeAttentionParams& p = run.p;
-  prepare_queries(p, piece.head, run.rotated, w.queries);
-  Tile tile;
-  for (int64_t i = piece.begin; i < piece.end; ++i) {
-    open_tile(p, piece.head, i, tile);
-    float* out = mass_of(p, piece.head, tile.ref);
-    if (tile.visible == 0 || out == nullptr) continue;
-    alignas(64) float mass[PAGE_SIZE] = {};
-    if (!is_k_fused(run, tile)) decode_tile_k(tile, run.codecs, p.cache.head_dim, w.k_tile);
-    for_row_blocks(num_rows(p),
-                   [&](RowBlock block) { add_mass_block(run, piece.head, tile, w, block, mass); });
-    __builtin_memcpy(out, mass, tile.ref.count * sizeof(float));
-  }
-}
-
 inline void attend_part(const AttentionRun& run, int64_t part) {
   const int64_t parts = run.plan.parts;
   const Workspace w = workspace_of(run, part);
@@ -248,21 +149,22 @@ inline void attend_part(const AttentionRun& run, int64_t part) {
   }
 }
 
-inline bool has_quantised_tier(const PagedKV& cache) {
-  for (int t = 0; t < cache.num_tiers; ++t) {
-    if (cache.tier_bits[t] < 16) return true;
-  }
-  return false;
-}
-
 // With has_lse the first walk is skipped: p.lse already holds the result.
 inline void run_attention(const DecodeAttentionParams& p, const Parallel& parallel, bool has_lse) {
   const int64_t parts = parallel.num_threads;
   const AttentionPlan plan(p, parts);
   const TierCodecs codecs(p.cache);
-  const int64_t floats = parts * workspace_floats(p) + plan.num_states * state_floats(p);
-  const Scratch memory(floats * sizeof(float));
-  const AttentionRun run{p, plan, codecs, memory.data(), has_quantised_tier(p.cache)};
+  const Scratch memory(parts * workspace_bytes(p) +
+                       plan.num_states * state_floats(p) * sizeof(float));
+  const int64_t max_tiles = keeps_shares(p) ? plan.max_tiles : 0;
+  const Scratch shares(p.cache.batch * p.cache.num_kv_heads * max_tiles * share_bytes(p));
+  const AttentionRun run{p,
+                         plan,
+                         codecs,
+                         memory.data(),
+                         has_quantised_tier(p.cache),
+                         max_tiles,
+                         max_tiles > 0 ? shares.data() : nullptr};
   if (!has_lse) {
     parallel_for(parallel, parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) attend_part(run, part);
@@ -276,7 +178,8 @@ inline void run_attention(const DecodeAttentionParams& p, const Parallel& parall
     for (int64_t part = begin; part < end; ++part) {
       const Workspace w = workspace_of(run, part);
       for (int64_t i = run.plan.part_begin[part]; i < run.plan.part_begin[part + 1]; ++i) {
-        add_mass_piece(run, run.plan.pieces[i], w);
+        const Piece& piece = run.plan.pieces[i];
+        run.shares == nullptr ? add_mass_piece(run, piece, w) : add_shares_piece(run, piece);
       }
     }
   });

@@ -18,12 +18,12 @@ int64_t tier_tiles(const DecodeAttentionParams& p, int64_t head, int tier) {
   return (tier_length(p, head, tier) + PAGE_SIZE - 1) / PAGE_SIZE;
 }
 
-// Bytes read plus the arithmetic on decoded values, in units of bytes: measured, roughly.
+// Time of a tile, in units of packed bytes: measured, roughly. Dense tiles are transposed and
+// multiplied in fp32.
 int64_t tile_cost(const DecodeAttentionParams& p, int tier) {
   const int64_t values = int64_t{2} * PAGE_SIZE * p.cache.head_dim;
-  const int64_t bytes =
-      tier == p.cache.num_tiers ? values * dtype_size(p.k_window.dtype) : p.cache.page_bytes[tier];
-  return bytes + values;
+  const bool dense = tier == p.cache.num_tiers || p.cache.tier_bits[tier] == 16;
+  return dense ? 4 * values : p.cache.page_bytes[tier] + values / 4;
 }
 
 int64_t head_cost(const DecodeAttentionParams& p, int64_t head) {
@@ -59,6 +59,7 @@ class AttentionPlan::Planner {
   std::vector<int64_t> part_begin;
   std::vector<SplitHead> splits;
   int64_t num_split_pieces = 0;
+  int64_t max_tiles = 0;
 
  private:
   int64_t num_heads() const { return int64_t{params_.cache.batch} * params_.cache.num_kv_heads; }
@@ -86,6 +87,7 @@ class AttentionPlan::Planner {
         close_part();
       }
     }
+    max_tiles = std::max(max_tiles, tile);
     if (tile > begin || tile == 0) pieces.push_back({head, begin, tile, part()});
     const auto count = static_cast<int64_t>(pieces.size()) - first_piece;
     if (count == 1) return;
@@ -107,6 +109,7 @@ AttentionPlan::AttentionPlan(const DecodeAttentionParams& params, int64_t parts)
   splits = planner_->splits.data();
   num_splits = static_cast<int64_t>(planner_->splits.size());
   num_states = parts + planner_->num_split_pieces;
+  max_tiles = planner_->max_tiles;
 }
 
 AttentionPlan::~AttentionPlan() { delete planner_; }

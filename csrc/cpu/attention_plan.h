@@ -42,6 +42,7 @@ class AttentionPlan {
   const SplitHead* splits;
   int64_t num_splits;
   int64_t num_states;
+  int64_t max_tiles;  // of a head
 
  private:
   class Planner;

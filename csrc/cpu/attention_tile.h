@@ -3,18 +3,28 @@
 
 namespace smartkv::SMARTKV_ISA {
 
+// Exponentials of a tile, kept until the sums are known; null pointers where nobody asked.
+struct Shares {
+  float* tops;  // [rows], what they are relative to; NO_SHARES first where the tile was not seen
+  uint16_t* exponentials;  // [rows, 64] float16
+};
+constexpr float NO_SHARES = INFINITY;
+
 struct Tile {
   alignas(64) int32_t positions[PAGE_SIZE];  // -1 in slots that hold no token
   alignas(64) float k_scale[PAGE_SIZE];      // 1 in raw tiles
   alignas(64) float v_scale[PAGE_SIZE];
+  float v_top;  // largest V scale of a token
   TileRef ref;
   int bits;
   const uint8_t* page;  // of a paged tile
-  const uint8_t* next;  // the page after it, or the page itself
-  Rows k, v;            // of a raw tile
-  uint64_t visible;     // bit i: some query sees slot i
-  bool all_visible;     // every query sees every slot
+  const uint8_t* next;  // the page that is fetched meanwhile, or the page itself
+  int64_t page_bytes;
+  Rows k, v;         // of a raw tile
+  uint64_t visible;  // bit i: some query sees slot i
+  bool all_visible;  // every query sees every slot
   int32_t first_position;
+  Shares shares;
 };
 
 // Positions that a query sees: [low, high].
@@ -66,6 +76,7 @@ inline void set_unit_scales(Tile& tile) {
     store(tile.k_scale + i, splat(1.0f));
     store(tile.v_scale + i, splat(1.0f));
   }
+  tile.v_top = 1;
 }
 
 inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile& tile) {
@@ -84,20 +95,16 @@ inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile&
   if (v.data != nullptr) tile.v = rows_of(v);
 }
 
-// The codes are fetched while this page is computed, see fused.h; the scales and positions now.
-inline void find_next_page(const PagedKV& cache, int64_t head, const PageLayout& layout,
-                           Tile& tile) {
-  const int64_t next = (tile.ref.index + 1) * PAGE_SIZE;
-  tile.next = tile.page;
-  if (next >= cache.cache_seqlens[head * cache.num_tiers + tile.ref.tier]) return;
-  tile.next = slot_of(cache, head, tile.ref.tier, next).page;
-  for (int64_t i = 2 * layout.v_codes; i < layout.score; i += 64) {
-    __builtin_prefetch(tile.next + i);
-  }
+// The page `ahead` tiles on, to be fetched meanwhile; the page itself where there is none.
+inline const uint8_t* page_ahead(const PagedKV& cache, int64_t head, const Tile& tile, int ahead) {
+  const int64_t next = (tile.ref.index + ahead) * PAGE_SIZE;
+  if (next >= cache.cache_seqlens[head * cache.num_tiers + tile.ref.tier]) return tile.page;
+  return slot_of(cache, head, tile.ref.tier, next).page;
 }
 
 // Everything but the decoded values. Leaves `visible` 0 where no query sees any slot.
-inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t index, Tile& tile) {
+inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t index, int ahead,
+                      Tile& tile) {
   const PagedKV& cache = p.cache;
   tile.ref = tile_at(p, head, index);
   if (tile.ref.tier == cache.num_tiers) {
@@ -113,7 +120,8 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
   tile.page = page;
   load_positions(tile, page + layout.position);
   find_visible(p, tile);
-  find_next_page(cache, head, layout, tile);
+  tile.next = page_ahead(cache, head, tile, ahead);
+  tile.page_bytes = layout.page_bytes;
   if (layout.bits == 16) {
     const char* rows = reinterpret_cast<const char*>(page);
     const int64_t stride = int64_t{cache.head_dim} * layout.itemsize;
@@ -123,13 +131,19 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
     set_unit_scales(tile);
     return;
   }
+  F top = splat(0.0f);
   for (int i = 0; i < PAGE_SIZE; i += 16) {
     const auto scales = [&](int64_t section) {
       return load_fp16(reinterpret_cast<const uint16_t*>(page + section) + i);
     };
+    const F v_scale = scales(layout.v_scale);
     store(tile.k_scale + i, scales(layout.k_scale));
-    store(tile.v_scale + i, scales(layout.v_scale));
+    store(tile.v_scale + i, v_scale);
+    // Slots that were never written may hold NaN.
+    const I is_token = gt(load_words(tile.positions + i), splat(-1));
+    top = vmax(top, select(is_token, v_scale, splat(0.0f)));
   }
+  tile.v_top = hmax(top);
 }
 
 inline const uint8_t* v_codes_of(const Tile& tile, int head_dim) {

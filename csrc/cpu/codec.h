@@ -89,26 +89,34 @@ struct CodeReader {
     return BITS == 8 ? load_words(at) : load_words(at) >> map.shift[group];
   }
 
-  // Channels c..c+3 of tokens 16 * block..+15.
-  SMARTKV_INLINE I k_word(const uint8_t* codes, int channel, int block) const {
+  // Channels c..c+3 of tokens 16 * block..+15, with noise above the codes.
+  SMARTKV_INLINE I k_codes(const uint8_t* codes, int channel, int block) const {
     const I low = k_part(codec.plane[0], codes, channel, block);
-    if constexpr (BITS == 3) return join(low, k_part(codec.plane[1], codes, channel, block));
-    return join(low, low);
+    if constexpr (BITS == 3) return merge(low, k_part(codec.plane[1], codes, channel, block));
+    return low;
+  }
+  SMARTKV_INLINE I k_word(const uint8_t* codes, int channel, int block) const {
+    return map(k_codes(codes, channel, block));
   }
 
   // Channels c..c+15 of tokens 4 * quad..+3; only where the codec has aligned V.
   SMARTKV_INLINE I v_word(const uint8_t* codes, int channel, int quad) const {
     const I low = v_part(codec.plane[0], codes, channel, quad);
-    if constexpr (BITS == 3) return join(low, v_part(codec.plane[1], codes, channel, quad));
-    return join(low, low);
+    if constexpr (BITS == 3) return map(merge(low, v_part(codec.plane[1], codes, channel, quad)));
+    return map(low);
   }
 
   // Merges the planes; noise above a code is harmless, as tables repeat.
-  SMARTKV_INLINE I join(I word, [[maybe_unused]] I high) const {
-    if constexpr (BITS == 8) return word ^ splat(static_cast<int32_t>(0x80808080u));
+  SMARTKV_INLINE I merge(I word, [[maybe_unused]] I high) const {
     if constexpr (BITS == 3) {
-      word = (word & splat(0x03030303)) | ((high << 2) & splat(0x04040404));
+      return (word & splat(0x03030303)) | ((high << 2) & splat(0x04040404));
     }
+    return word;
+  }
+
+  // Codes to what level<INDEX>() takes.
+  SMARTKV_INLINE I map(I word) const {
+    if constexpr (BITS == 8) return word ^ splat(static_cast<int32_t>(0x80808080u));
 #if defined(SMARTKV_AVX2)
     word = word & splat(0x0f0f0f0f);
     return {shuffle(word.lo), shuffle(word.hi)};

@@ -18,9 +18,16 @@ struct Encoder {
       : bits(bits), levels(levels), head_dim(head_dim), book(make_codebook(bits, levels)) {}
 };
 
+// 16 integers in [0, 255] as bytes.
 SMARTKV_INLINE void store_codes(uint8_t* out, I codes) {
 #if defined(SMARTKV_AVX512)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)codes));
+#elif defined(SMARTKV_AVX2)
+  const __m256i pairs = _mm256_packus_epi32((__m256i)codes.lo, (__m256i)codes.hi);
+  const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xd8);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(out),
+      _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
 #else
   alignas(64) int32_t wide[16];
   store(wide, codes);

@@ -32,9 +32,10 @@ inline void decode_v_fixed(float* out, const uint8_t* codes, const TierCodec& co
   for (int quad = 0; quad < PAGE_SIZE / 4; ++quad, out += 4 * stride) {
     if (!codec.has_aligned_v) codec.spread_v_words(codes, quad, words);
     for (int c = 0; c < codec.head_dim; c += 16) {
-      const I word = codec.has_aligned_v
-                         ? reader.v_word(codes, c, quad)
-                         : reader.join(load_words(words[0] + c), load_words(words[1] + c));
+      const I word =
+          codec.has_aligned_v
+              ? reader.v_word(codes, c, quad)
+              : reader.map(reader.merge(load_words(words[0] + c), load_words(words[1] + c)));
       store(out + c, reader.template level<0>(word));
       store(out + stride + c, reader.template level<1>(word));
       store(out + 2 * stride + c, reader.template level<2>(word));

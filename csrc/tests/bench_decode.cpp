@@ -1,8 +1,8 @@
 // Times decode_attention over a packed cache: us per call and GB/s of packed bytes.
 //
-// bench_decode [bits=4] [kv_len=32768] [q_len=1] [threads=2] [head_dim=128] [mass=0]
-// 32 query heads, 8 kv heads, batch 1, bf16. Several copies of the cache are visited in turn, so
-// that the data come from memory. The last line is JSON.
+// bench_decode [bits=4] [kv_len=32768] [q_len=1] [threads=2] [head_dim=128] [mass=0] [precision=0]
+// [copies] [calls=30] 32 query heads, 8 kv heads, batch 1, bf16. Several copies of the cache are
+// visited in turn, so that the data come from memory. The last line is JSON.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -11,6 +11,10 @@
 #include <random>
 #include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "smartkv/isa.h"
 #include "smartkv/layout.h"
@@ -31,17 +35,37 @@ void run_threads(int64_t count, void* context, void (*fn)(void*, int64_t, int64_
   for (std::thread& thread : threads) thread.join();
 }
 
+// Memory on 2 MB pages where the system grants them.
+class Pool {
+ public:
+  explicit Pool(size_t bytes) : bytes_((bytes + HUGE - 1) / HUGE * HUGE) {
+    data_ = static_cast<uint8_t*>(std::aligned_alloc(HUGE, bytes_));
+#if defined(__linux__)
+    if (!std::getenv("SMALL_PAGES")) madvise(data_, bytes_, MADV_HUGEPAGE);
+#endif
+  }
+  ~Pool() { std::free(data_); }
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  uint8_t* data() const { return data_; }
+  size_t size() const { return bytes_; }
+
+ private:
+  static constexpr size_t HUGE = size_t{2} << 20;
+  size_t bytes_;
+  uint8_t* data_;
+};
+
 struct Cache {
-  std::vector<uint8_t> pool;
+  Pool pool;
   std::vector<int32_t> table, seqlens;
   std::vector<float> k_mean;
   PagedKV view{};
 
-  Cache(int bits, int64_t kv_len, int head_dim, int copies) {
-    const PageLayout layout = page_layout(bits, head_dim);
-    const int64_t pages = (kv_len + PAGE_SIZE - 1) / PAGE_SIZE * NUM_KV_HEADS;
-    pool.resize(pages * copies * layout.page_bytes + 64);
-    uint8_t* base = pool.data() + (64 - reinterpret_cast<uintptr_t>(pool.data()) % 64) % 64;
+  Cache(const PageLayout& layout, int64_t pages, int copies)
+      : pool(pages * copies * layout.page_bytes) {
+    const int head_dim = layout.head_dim;
+    uint8_t* base = pool.data();
     std::mt19937_64 random(7);
     for (size_t i = 0; i + 8 <= pool.size(); i += 8) {
       const uint64_t x = random();
@@ -49,11 +73,11 @@ struct Cache {
     }
     for (int64_t page = 0; page < pages * copies; ++page) label_page(base, layout, page, pages);
     for (int64_t i = 0; i < pages; ++i) table.push_back(static_cast<int32_t>(i));
-    seqlens.assign(NUM_KV_HEADS, static_cast<int32_t>(kv_len));
+    seqlens.assign(NUM_KV_HEADS, static_cast<int32_t>(pages / NUM_KV_HEADS * PAGE_SIZE));
     k_mean.assign(NUM_KV_HEADS * head_dim, 0.01f);
     view.pools[0] = base;
     view.page_bytes[0] = layout.page_bytes;
-    view.tier_bits[0] = bits;
+    view.tier_bits[0] = layout.bits;
     view.num_tiers = 1;
     view.block_table = table.data();
     view.cache_seqlens = seqlens.data();
@@ -81,6 +105,29 @@ struct Cache {
   }
 };
 
+// Reads every byte once, on all threads: the floor.
+struct Reader {
+  const uint8_t* data;
+  uint64_t sums[64] = {};
+
+  static void run(void* context, int64_t begin, int64_t end) {
+    auto& self = *static_cast<Reader*>(context);
+    uint64_t sum[8] = {};
+    for (int64_t i = begin; i + 64 <= end; i += 64) {
+      __builtin_prefetch(self.data + i + 4096);
+      uint64_t line[8];
+      std::memcpy(line, self.data + i, sizeof line);
+      for (int j = 0; j < 8; ++j) sum[j] += line[j];
+    }
+    for (uint64_t x : sum) __atomic_fetch_add(self.sums, x, __ATOMIC_RELAXED);
+  }
+};
+
+double median(std::vector<double> times) {
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -91,10 +138,13 @@ int main(int argc, char** argv) {
   num_threads = argument(4, 2);
   const int head_dim = argument(5, 128);
   const bool with_mass = argument(6, 0) != 0;
-  const int64_t bytes = page_layout(bits, head_dim).page_bytes *
-                        ((kv_len + PAGE_SIZE - 1) / PAGE_SIZE) * NUM_KV_HEADS;
-  const int copies = static_cast<int>(std::clamp<int64_t>((int64_t{256} << 20) / bytes, 1, 16));
-  Cache cache(bits, kv_len, head_dim, copies);
+  const int precision = argument(7, 0);
+  const PageLayout layout = page_layout(bits, head_dim);
+  const int64_t pages = (kv_len + PAGE_SIZE - 1) / PAGE_SIZE * NUM_KV_HEADS;
+  const int64_t bytes = layout.page_bytes * pages;
+  const int copies =
+      argument(8, static_cast<int>(std::clamp<int64_t>((int64_t{256} << 20) / bytes, 1, 16)));
+  Cache cache(layout, pages, copies);
   std::vector<uint16_t> q(static_cast<size_t>(NUM_HEADS) * q_len * head_dim), out(q.size());
   std::mt19937 random(1);
   for (uint16_t& x : q) x = static_cast<uint16_t>(0x3f00 | (random() & 0x80ff));
@@ -112,20 +162,30 @@ int main(int argc, char** argv) {
   p.q_len = q_len;
   p.q_start = kv_len;
   p.softmax_scale = 0.088f;
+  p.precision = static_cast<Precision>(precision);
   const Parallel parallel{run_threads, num_threads};
-  std::vector<double> times;
-  for (int i = 0; i < 30; ++i) {
-    p.cache.pools[0] = cache.view.pools[0] + i % copies * bytes;
+  const auto seconds = [](const auto& body) {
     const auto start = std::chrono::steady_clock::now();
-    cpu_kernels().decode_attention(p, parallel);
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    if (i >= 3) times.push_back(elapsed.count());
+    body();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  std::vector<double> times, reads;
+  const int calls = argument(9, 30);
+  for (int i = 0; i < calls + 3; ++i) {
+    p.cache.pools[0] = cache.view.pools[0] + i % copies * bytes;
+    const double call = seconds([&] { cpu_kernels().decode_attention(p, parallel); });
+    Reader reader{cache.view.pools[0] + (i + copies / 2) % copies * bytes};
+    const double read = seconds([&] { run_threads(bytes, &reader, Reader::run); });
+    if (i < 3) continue;
+    times.push_back(call);
+    reads.push_back(read);
   }
-  std::sort(times.begin(), times.end());
-  const double median = times[times.size() / 2];
+  const double us = median(times) * 1e6, floor_us = median(reads) * 1e6;
   std::printf(
       "{\"isa\": \"%s\", \"bits\": %d, \"kv_len\": %d, \"q_len\": %d, \"threads\": %d, "
-      "\"head_dim\": %d, \"mass\": %d, \"us\": %.1f, \"min_us\": %.1f, \"GB/s\": %.2f}\n",
-      kernel_set_name(), bits, kv_len, q_len, num_threads, head_dim, with_mass, median * 1e6,
-      times[0] * 1e6, bytes / median / 1e9);
+      "\"head_dim\": %d, \"mass\": %d, \"precision\": %d, \"us\": %.1f, \"min_us\": %.1f, "
+      "\"GB/s\": %.2f, \"read_us\": %.1f, \"floor_ratio\": %.2f}\n",
+      kernel_set_name(), bits, kv_len, q_len, num_threads, head_dim, with_mass, precision, us,
+      *std::min_element(times.begin(), times.end()) * 1e6, static_cast<double>(bytes) / us * 1e-3,
+      floor_us, us / floor_us);
 }

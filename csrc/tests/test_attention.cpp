@@ -162,7 +162,8 @@ struct Problem {
 };
 
 void check_mass(Problem& problem, const KernelTable& kernels, int head, const Oracle& expected,
-                const std::vector<float>& mass, const std::vector<float>& window_mass) {
+                const std::vector<float>& mass, const std::vector<float>& window_mass,
+                double tolerance) {
   Cache& cache = problem.cache;
   const int64_t capacity = cache.max_pages * PAGE_SIZE;
   size_t key = 0;
@@ -170,16 +171,22 @@ void check_mass(Problem& problem, const KernelTable& kernels, int head, const Or
     for (int64_t i = 0; i < capacity; ++i) {
       const double want = i < cache.length(head, t) ? expected.mass[key++] : 0;
       const double got = mass[(head * cache.num_tiers() + t) * capacity + i];
-      CHECK(is_close(got, want, 2e-5), "%s: mass %g, not %g", kernels.name, got, want);
+      CHECK(is_close(got, want, tolerance), "%s: mass %g, not %g", kernels.name, got, want);
     }
   }
   for (int64_t i = 0; i < problem.c.window_len; ++i) {
     const double got = window_mass[head * problem.c.window_len + i];
-    CHECK(is_close(got, expected.mass[key++], 2e-5), "%s: window mass %g", kernels.name, got);
+    CHECK(is_close(got, expected.mass[key++], tolerance), "%s: window mass %g", kernels.name, got);
   }
 }
 
-void check_decode(Problem& problem, const KernelTable& kernels, int threads, bool with_mass) {
+// How far the result may be off beside the rounding of the output: absolute, on values of order 1.
+double tolerance_of(Precision precision) {
+  return precision == Precision::FLOAT32 ? 2e-5 : precision == Precision::INT16 ? 1e-3 : 6e-2;
+}
+
+void check_decode(Problem& problem, const KernelTable& kernels, int threads, bool with_mass,
+                  Precision precision = Precision::FLOAT32) {
   const Case& c = problem.c;
   const float scale = 0.1f;
   Dense out(c.dtype, c.batch, c.kv_heads * c.groups, c.q_len, c.head_dim);
@@ -204,10 +211,12 @@ void check_decode(Problem& problem, const KernelTable& kernels, int threads, boo
   p.q_start = c.q_start;
   p.softmax_scale = scale;
   p.sliding_window = c.sliding_window;
+  p.precision = precision;
   kernels.decode_attention(p, testing::parallel(threads));
-  const double tolerance = c.dtype == DType::FLOAT32    ? 2e-5
-                           : c.dtype == DType::BFLOAT16 ? 5e-3
-                                                        : 1e-3;
+  const double arithmetic = tolerance_of(precision);
+  const double tolerance = arithmetic + (c.dtype == DType::FLOAT32    ? 0
+                                         : c.dtype == DType::BFLOAT16 ? 5e-3
+                                                                      : 1e-3);
   for (int head = 0; head < heads; ++head) {
     const int b = head / c.kv_heads, h = head % c.kv_heads;
     const Oracle expected = attend(c, problem.keys[head], problem.q, b, h, scale);
@@ -219,11 +228,14 @@ void check_decode(Problem& problem, const KernelTable& kernels, int threads, boo
     }
     for (size_t i = 0; i < expected.lse.size(); ++i) {
       const double got = lse[first / c.head_dim + i];
-      CHECK(is_close(got, expected.lse[i], 2e-5), "lse %g, not %g", got, expected.lse[i]);
+      CHECK(is_close(got, expected.lse[i], arithmetic), "lse %g, not %g", got, expected.lse[i]);
     }
-    if (with_mass) check_mass(problem, kernels, head, expected, mass, window_mass);
+    if (with_mass) check_mass(problem, kernels, head, expected, mass, window_mass, arithmetic);
   }
 }
+
+constexpr Precision PRECISIONS[] = {Precision::FLOAT32, Precision::INT16, Precision::INT8,
+                                    Precision::AUTO};
 
 void test_decode() {
   const DType dtypes[] = {DType::FLOAT32, DType::BFLOAT16, DType::FLOAT16};
@@ -240,7 +252,9 @@ void test_decode() {
         const Case c{1, 2, 1 + turn % 4, head_dim, dtype, q_len, window, q_start, sliding};
         Problem problem(c, {bits}, {130, turn % 2 ? 63 : 64}, levels);
         for (const KernelTable* kernels : testing::all_kernels()) {
-          check_decode(problem, *kernels, threads[turn % 4], turn % 2 == 0);
+          for (Precision precision : PRECISIONS) {
+            check_decode(problem, *kernels, threads[turn % 4], turn % 2 == 0, precision);
+          }
         }
         ++turn;
       }
@@ -254,7 +268,9 @@ void test_mixed_tiers() {
       const Case c{2, 2, 3, 128, DType::FLOAT32, q_len, 75, 150, threads == 2 ? 64 : 0};
       Problem problem(c, {2, 3, 4, 8, 16}, {0, 1, 63, 64, 65, 130}, Levels::GAUSSIAN);
       for (const KernelTable* kernels : testing::all_kernels()) {
-        check_decode(problem, *kernels, threads, true);
+        for (Precision precision : PRECISIONS) {
+          check_decode(problem, *kernels, threads, true, precision);
+        }
       }
     }
   }

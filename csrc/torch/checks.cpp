@@ -141,13 +141,28 @@ int check_int32(int64_t value, const char* name, int64_t least) {
   return static_cast<int>(value);
 }
 
-Levels take_levels(StringHandle handle) {
+static std::string take_string(StringHandle handle) {
   const char* data = nullptr;
   size_t length = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
   STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  const std::string levels(data, length);
+  std::string text(data, length);
   STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
+Precision take_precision(StringHandle handle) {
+  const std::string precision = take_string(handle);
+  if (precision == "auto") return Precision::AUTO;
+  if (precision == "fp32") return Precision::FLOAT32;
+  if (precision == "int16") return Precision::INT16;
+  check(precision == "int8", "precision must be one of auto, fp32, int16, int8; got '", precision,
+        "'");
+  return Precision::INT8;
+}
+
+Levels take_levels(StringHandle handle) {
+  const std::string levels = take_string(handle);
   if (levels == "gaussian") return Levels::GAUSSIAN;
   check(levels == "uniform", "levels must be one of uniform, gaussian; got '", levels, "'");
   return Levels::UNIFORM;

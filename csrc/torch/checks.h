@@ -61,6 +61,7 @@ int check_int32(int64_t value, const char* name, int64_t least);
 // Consumes the handle. Not a std::string parameter: that conversion of the stable ABI leaks one
 // string per call (seen in the headers of torch 2.13).
 Levels take_levels(StringHandle handle);
+Precision take_precision(StringHandle handle);
 
 // The threads of torch, for the kernels.
 Parallel torch_parallel();

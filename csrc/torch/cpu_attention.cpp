@@ -37,8 +37,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
     const Tensor& cache_seqlens, const Tensor& k_mean, const Tensor& k_window,
     const Tensor& v_window, const Tensor& window_positions, int64_t q_start,
     const std::vector<int64_t>& tier_bits, StringHandle levels, double softmax_scale,
-    int64_t sliding_window, bool return_mass) {
+    int64_t sliding_window, bool return_mass, StringHandle precision) {
   const Levels level_kind = take_levels(levels);
+  const Precision least_precision = take_precision(precision);
   const DType dtype = float_dtype(q, "q");
   const PagedInput input =
       paged_input(pools, block_table, cache_seqlens, k_mean, tier_bits, level_kind, dtype);
@@ -81,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
   params.q_start = q_start;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.sliding_window = sliding_window;
+  params.precision = least_precision;
   cpu_kernels().decode_attention(params, torch_parallel());
   return {out, lse, mass, window_mass};
 }

@@ -82,7 +82,8 @@ class Replay:
 
 def compressed_run(model, ids, mask, new=70, values=False, **kwargs):
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, **(dict(window=24, sinks=4) | kwargs))
+        # Rounded queries would change the tokens where two logits are all but equal.
+        cache = SmartKVCache(model.config, **(dict(window=24, sinks=4, precision="fp32") | kwargs))
         recorder = Recorder(cache, values)
         hook = model.register_forward_pre_hook(recorder, with_kwargs=True)
         out = generate(model, ids, mask, cache, new=new)

@@ -76,7 +76,7 @@ def check_decode(cache: Paged, groups: int, q_len: int, window_len: int, sliding
     torch.set_num_threads(1 + (threads + window_len) % 3)
     got = ops.decode_attention(
         q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, k_window, v_window, positions,
-        q_start, cache.tier_bits, cache.levels, scale, sliding_window, True,
+        q_start, cache.tier_bits, cache.levels, scale, sliding_window, True, "fp32",
     )  # fmt: skip
     torch.set_num_threads(threads)
     args = (q, cache, k_window, v_window, positions, q_start, scale, sliding_window)
@@ -89,7 +89,7 @@ def check_decode(cache: Paged, groups: int, q_len: int, window_len: int, sliding
         assert_within_eager(ours, true, plain, atol, name)
     without = ops.decode_attention(
         q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, k_window, v_window, positions,
-        q_start, cache.tier_bits, cache.levels, sliding_window=sliding_window,
+        q_start, cache.tier_bits, cache.levels, sliding_window=sliding_window, precision="fp32",
     )  # fmt: skip
     assert torch.allclose(without[0].float(), got[0].float(), atol=1e-5, rtol=1e-2) and without[2].shape == (0,)
     assert without[3].shape == (0,)
@@ -173,7 +173,7 @@ def test_decode_survives_large_scores() -> None:
         check_scores, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, k, v, positions, total - 1,
         cache.tier_bits, cache.levels, 1.0,
     )  # fmt: skip
-    got, want = ops.decode_attention(*args), reference.decode_attention(*args)
+    got, want = ops.decode_attention(*args, precision="fp32"), reference.decode_attention(*args)
     assert torch.allclose(got[1], want[1], rtol=1e-5) and bool(torch.isfinite(got[0]).all())
 
 
@@ -212,7 +212,7 @@ def test_mass_of_decode_agrees_with_attention_mass() -> None:
     q = torch.randn(2, 4, 3, 64)
     got = ops.decode_attention(
         q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, k, v, positions, total - 3,
-        cache.tier_bits, return_mass=True,
+        cache.tier_bits, return_mass=True, precision="fp32",
     )  # fmt: skip
     assert torch.allclose(got[3], ops.attention_mass(q, k, positions, total - 3, 64**-0.5), atol=1e-5)
 

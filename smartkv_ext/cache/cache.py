@@ -25,10 +25,9 @@ class SmartKVCache(Cache):
 
     Args:
         config: the model's config (``model.config``).
-        budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the
-        tokens seen so
-            far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the highest
-            tier.
+        budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the tokens
+            seen so far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the
+            highest tier.
         policy: name or instance of a policy (``smartkv_ext.policies``): which tokens matter.
         tiers: bit widths that packed tokens may have, of 2, 3, 4, 8 and 16; 16 is the model's own dtype.
         sinks: first tokens of each sequence, never packed.
@@ -37,6 +36,8 @@ class SmartKVCache(Cache):
             "global": in all layers.
         levels: "gaussian" (Lloyd-Max codebook) or "uniform" reconstruction levels at 2, 3 and 4 bits.
         mean_shift: subtract each head's mean key before quantising (exact, and needed by models with key biases).
+        precision: "auto", "fp32", "int16" or "int8": of queries and probabilities where they meet codes, see
+            ops.decode_attention.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted.
@@ -55,10 +56,11 @@ class SmartKVCache(Cache):
         scope: str = "head",
         levels: str = "gaussian",
         mean_shift: bool = True,
+        precision: str = "auto",
     ) -> None:
         self.smartkv_config = CacheConfig.create(
             ModelGeometry.from_config(config), budget=budget, policy=policy, tiers=tiers, sinks=sinks, window=window,
-            scope=scope, levels=levels, mean_shift=mean_shift,
+            scope=scope, levels=levels, mean_shift=mean_shift, precision=precision,
         )  # fmt: skip
         super().__init__(
             layers=[SmartKVLayer(self.smartkv_config, i) for i in range(self.smartkv_config.geometry.num_layers)]

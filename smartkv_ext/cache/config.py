@@ -13,6 +13,7 @@ from smartkv_ext.quant import Budget, QuantSpec, parse_budget
 from smartkv_ext.reference.layout import HEAD_DIMS, PAGE_SIZE
 
 SCOPES = ("head", "layer", "global")
+PRECISIONS = ("auto", "fp32", "int16", "int8")
 MIN_WINDOW = 16  # newest tokens that are never packed, however small the budget
 MIN_BLOCK = 8  # fewest tokens packed at a time
 MAX_BLOCK = PAGE_SIZE
@@ -64,16 +65,20 @@ class CacheConfig:
     num_sinks: int
     window: int
     scope: str
+    precision: str
     geometry: ModelGeometry
 
     @classmethod
     def create(
         cls, geometry: ModelGeometry, *, budget: float | str | Budget | None, policy: str | Policy,
         tiers: Sequence[int], sinks: int, window: int, scope: str, levels: str, mean_shift: bool,
+        precision: str,
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
         for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int; got {type(value).__name__}")
@@ -91,6 +96,7 @@ class CacheConfig:
             num_sinks=sinks if policy.keeps_sinks else 0,
             window=window,
             scope=scope,
+            precision=precision,
             geometry=geometry,
         )
         config.check_budget(torch.bfloat16.itemsize, batch=1)

@@ -227,7 +227,7 @@ class SmartKVLayer(CacheLayerMixin):
             q, store.pools, store.block_table, store.cache_seqlens, store.k_mean,
             window.held("k"), window.held("v"), window.held_positions(),
             self.seen - q.shape[2], self.config.quant.tiers, self.config.quant.levels, softmax_scale,
-            self.sliding_window, return_mass,
+            self.sliding_window, return_mass, self.config.precision,
         )  # fmt: skip
 
     def remember_queries(self, q: torch.Tensor) -> None:

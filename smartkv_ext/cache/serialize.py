@@ -43,6 +43,7 @@ def save(cache: SmartKVCache, path: Path) -> None:
         "num_sinks": config.num_sinks,
         "window": config.window,
         "scope": config.scope,
+        "precision": config.precision,
         "layers": [_layer_header(layer) for layer in cache.layers],
     }
     tensors = {f"{i}.{name}": x for i, layer in enumerate(cache.layers) for name, x in _layer_tensors(layer).items()}
@@ -97,6 +98,7 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
         num_sinks=header["num_sinks"],
         window=header["window"],
         scope=header["scope"],
+        precision=header.get("precision", "auto"),
         geometry=geometry,
     )
     for i, (layer, fields) in enumerate(zip(cache.layers, header["layers"], strict=True)):

@@ -60,6 +60,7 @@ def decode_attention(
     softmax_scale: float,
     sliding_window: int = 0,
     return_mass: bool = False,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_kv_heads, num_tiers, max_pages = block_table.shape
     mass_shape: tuple[int, ...] = (batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE)

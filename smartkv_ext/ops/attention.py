@@ -29,6 +29,7 @@ def decode_attention(
     softmax_scale: float | None = None,
     sliding_window: int = 0,
     return_mass: bool = False,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax attention of a few queries over paged records of several tiers and a full-precision window, fused.
 
@@ -51,6 +52,10 @@ def decode_attention(
         softmax_scale: default head_dim ** -0.5.
         sliding_window: 0: none.
         return_mass: also return the probability that each key received.
+        precision: least precision of queries and probabilities where they meet codes; a kernel set without such
+            products is more precise. "fp32"; "int16": 15 and 16 bits (relative error about 1e-4); "int8": 8 bits each
+            (below 2e-2); "auto": int16 beside 8-bit codes and int8 beside fewer, which adds next to nothing to the
+            error of the codes themselves (docs/design/attention-cpu.md).
 
     Returns:
         out: (batch, num_heads, q_len, head_dim), dtype of q; 0 where a query sees nothing.
@@ -78,6 +83,7 @@ def decode_attention(
         softmax_scale,
         sliding_window,
         return_mass,
+        precision,
     )
 
 

@@ -15,6 +15,10 @@ constexpr int MAX_TIERS = 5;   // 2, 3, 4, 8 and 16 bits
 
 enum class DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum class Levels : int32_t { UNIFORM = 0, GAUSSIAN = 1 };
+// Least precision of the queries and probabilities that meet quantised pages; a kernel set without
+// such integer products takes the next finer one. AUTO: what adds next to nothing to the error of
+// the codes, 16 bits beside 8-bit codes and 8 bits beside fewer (docs/design/attention-cpu.md).
+enum class Precision : int32_t { AUTO = 0, FLOAT32 = 1, INT16 = 2, INT8 = 3 };
 
 // Runs fn(context, begin, end) over disjoint ranges that cover [0, count), on as many threads as
 // the host framework grants. The core never owns threads: a second OpenMP runtime beside torch's
@@ -104,6 +108,7 @@ struct DecodeAttentionParams {
   float softmax_scale;
   int64_t sliding_window;  // 0: none; else a key is seen while its position > query position -
                            // sliding_window
+  Precision precision;
 };
 
 struct AttentionMassParams {

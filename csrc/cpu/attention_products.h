@@ -1,0 +1,128 @@
+// Both products of a tile, Q K and P V, in the arithmetic that its tier and the precision ask for.
+#pragma once
+
+namespace smartkv::SMARTKV_ISA {
+
+// How the products of a tile are formed.
+SMARTKV_INLINE int digits_of(const AttentionRun& run, const Tile& tile) {
+  return num_digits(run.p.precision, tile.bits);
+}
+SMARTKV_INLINE bool is_integer(const AttentionRun& run, const Tile& tile) {
+  return digits_of(run, tile) > 0;
+}
+// Few rows multiply the packed codes directly.
+SMARTKV_INLINE bool is_k_fused(const AttentionRun& run, const Tile& tile) {
+  return tile.bits < 16 && num_rows(run.p) <= FUSED_ROWS;
+}
+SMARTKV_INLINE bool is_v_fused(const AttentionRun& run, const Tile& tile) {
+  return is_k_fused(run, tile) && run.codecs.at[tile.ref.tier].has_aligned_v;
+}
+
+// Codes of K or V, and the lines to fetch meanwhile.
+SMARTKV_INLINE CodeStream k_stream(const Tile& tile, const uint8_t* fetch) {
+  return {tile.page, fetch};
+}
+SMARTKV_INLINE CodeStream v_stream(const Tile& tile, int head_dim, const uint8_t* fetch) {
+  return {v_codes_of(tile, head_dim), fetch};
+}
+
+// Whether integer products read the codes as an 8-bit section unpacked before.
+SMARTKV_INLINE bool is_unpacked(const AttentionRun& run, const Tile& tile, int lanes_per_load) {
+  return num_rows(run.p) > UNPACKED_ROWS ||
+         !is_regular(tile.bits, run.p.cache.head_dim, lanes_per_load);
+}
+
+// What the products of K (V) need beside the page.
+inline void load_k(const AttentionRun& run, const Tile& tile, const Workspace& w,
+                   const uint8_t* fetch) {
+  const TierCodec& codec = run.codecs.at[tile.bits == 16 ? 0 : tile.ref.tier];
+  if (is_integer(run, tile)) {
+    if (!is_unpacked(run, tile, K_LANES)) return;
+    unpack_codes<K_LANES>(codec, k_stream(tile, fetch), reinterpret_cast<uint8_t*>(w.k_tile));
+  } else if (!is_k_fused(run, tile)) {
+    decode_tile_k(tile, run.codecs, run.p.cache.head_dim, w.k_tile);
+  }
+}
+inline void load_v(const AttentionRun& run, const Tile& tile, const Workspace& w,
+                   const uint8_t* fetch) {
+  const TierCodec& codec = run.codecs.at[tile.bits == 16 ? 0 : tile.ref.tier];
+  const int head_dim = run.p.cache.head_dim;
+  if (is_integer(run, tile)) {
+    if (!is_unpacked(run, tile, V_LANES)) return;
+    unpack_codes<V_LANES>(codec, v_stream(tile, head_dim, fetch),
+                          reinterpret_cast<uint8_t*>(w.v_tile));
+  } else if (!is_v_fused(run, tile)) {
+    decode_tile_v(tile, run.codecs, head_dim, w.v_tile);
+  }
+}
+
+inline void multiply_integer(const AttentionRun& run, const Tile& tile, const Workspace& w,
+                             RowBlock block, const uint8_t* fetch, float* scores) {
+  const auto* unpacked = reinterpret_cast<const uint8_t*>(w.k_tile);
+  const bool is_wide = is_unpacked(run, tile, K_LANES);
+  const TierCodec& codec = run.codecs.at[tile.ref.tier];
+  const int digits = digits_of(run, tile);
+  const int64_t num = num_rows(run.p), head_dim = codec.head_dim;
+  const QueryDigits& q = w.queries.ints;
+  const DigitRows rows{reinterpret_cast<const char*>(q.digits),
+                       num * head_dim,
+                       head_dim,
+                       q.scale[digits - 1],
+                       q.start,
+                       num};
+  dot_k_rows(codec, is_wide ? 8 : tile.bits,
+             is_wide ? CodeStream{unpacked, unpacked} : k_stream(tile, fetch), digits,
+             rows.from_row(block.begin), block.count, scores);
+}
+
+// Products of the queries of a block with a tile; false when none of them can see it.
+inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Workspace& w,
+                             RowBlock block, const uint8_t* fetch, float* scores) {
+  const DecodeAttentionParams& p = run.p;
+  const int64_t last = (block.begin + block.count - 1) / num_groups(p);
+  if (span_of_query(p, last).high < tile.first_position) return false;
+  const int head_dim = p.cache.head_dim;
+  if (is_integer(run, tile)) {
+    multiply_integer(run, tile, w, block, fetch, scores);
+    return true;
+  }
+  if (is_k_fused(run, tile)) {
+    multiply_k_rows(run.codecs.at[tile.ref.tier], k_stream(tile, fetch), block.count,
+                    w.queries.rotated, scores);
+    return true;
+  }
+  const float* q = tile.bits == 16 ? w.queries.plain : w.queries.rotated;
+  gemm<false>(
+      {q + block.begin * head_dim, head_dim, w.k_tile, PAGE_SIZE, scores, PAGE_SIZE, head_dim},
+      block.count, PAGE_SIZE);
+  return true;
+}
+
+// O += P V of a block for tile t of the batch.
+inline void multiply_weights(const AttentionRun& run, const Tile& tile, const Workspace& w,
+                             const Batch& batch, int t, const uint8_t* fetch) {
+  const int head_dim = batch.head_dim;
+  float* o = batch.rows.o;
+  if (is_integer(run, tile)) {
+    const auto* unpacked = reinterpret_cast<const uint8_t*>(w.v_tile);
+    const bool is_wide = is_unpacked(run, tile, V_LANES);
+    const DigitRows weights{reinterpret_cast<const char*>(batch.digits_at(t, 0)),
+                            PROBABILITY_PLANE,
+                            PAGE_SIZE,
+                            batch.weights.scale + t * ROW_BLOCK,
+                            nullptr,
+                            0};
+    dot_v_rows(run.codecs.at[tile.ref.tier], is_wide ? 8 : tile.bits,
+               is_wide ? CodeStream{unpacked, unpacked} : v_stream(tile, head_dim, fetch),
+               digits_of(run, tile), weights, batch.count, o);
+  } else if (is_v_fused(run, tile)) {
+    multiply_v_rows(run.codecs.at[tile.ref.tier], v_stream(tile, head_dim, fetch), batch.count,
+                    batch.scores_at(t, 0), o);
+  } else {
+    gemm<true>(
+        {batch.scores_at(t, 0), PAGE_SIZE, w.v_tile, v_stride(head_dim), o, head_dim, PAGE_SIZE},
+        batch.count, head_dim);
+  }
+}
+
+}  // namespace smartkv::SMARTKV_ISA
