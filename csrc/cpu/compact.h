@@ -3,19 +3,70 @@
 
 namespace smartkv::SMARTKV_ISA {
 
-// Fills the lowest hole of a tier with its highest survivor. Returns the number of survivors.
-inline int64_t close_holes(const PagedKV& cache, const Tiers& tiers, int64_t head, int tier,
-                           const int8_t* target, int64_t length) {
-  int64_t low = 0, high = length - 1;
-  while (true) {
-    while (low <= high && target[low] == tier) ++low;
-    while (low < high && target[high] != tier) --high;
-    if (low >= high) return low;
-    copy_record(tiers.layout[tier], slot_of(cache, head, tier, low),
-                slot_of(cache, head, tier, high));
-    ++low;
-    --high;
+// Bit i: at[i] == value, for 64 bytes.
+SMARTKV_INLINE uint64_t equal_mask(const int8_t* at, int8_t value) {
+#if defined(SMARTKV_AVX512)
+  return _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(at), _mm512_set1_epi8(value));
+#elif defined(SMARTKV_AVX2)
+  const auto half = [&](int i) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + i));
+    return static_cast<uint32_t>(
+        _mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_set1_epi8(value))));
+  };
+  return uint64_t{half(32)} << 32 | half(0);
+#else
+  uint64_t mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= uint64_t{at[i] == value} << i;
+  return mask;
+#endif
+}
+
+// The first `count` of 64 bits.
+SMARTKV_INLINE uint64_t first_bits(int64_t count) {
+  return count <= 0 ? 0 : count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+}
+
+// The records of one tier of one head that have one target, a page at a time.
+struct Chosen {
+  const int8_t* targets;  // [capacity]
+  int8_t target;
+  int64_t length;
+
+  SMARTKV_INLINE int64_t num_pages() const { return (length + PAGE_SIZE - 1) / PAGE_SIZE; }
+  SMARTKV_INLINE uint64_t page(int64_t i) const {
+    return equal_mask(targets + i * PAGE_SIZE, target) & first_bits(length - i * PAGE_SIZE);
   }
+  int64_t total() const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < num_pages(); ++i) n += __builtin_popcountll(page(i));
+    return n;
+  }
+};
+
+// Fills the holes among the first n slots, n survivors, with the survivors behind them: the lowest
+// hole with the highest survivor. Whole pages of bits: a test per slot would be mispredicted.
+inline int64_t close_holes(const PagedKV& cache, const Tiers& tiers, int64_t head, int tier,
+                           const Chosen& stay) {
+  const int64_t n = stay.total();
+  int64_t high = stay.num_pages();
+  uint64_t survivors = 0;
+  uint8_t* from = nullptr;
+  for (int64_t low = 0; low * PAGE_SIZE < n; ++low) {
+    uint64_t holes = ~stay.page(low) & first_bits(n - low * PAGE_SIZE);
+    if (holes == 0) continue;
+    uint8_t* to = slot_of(cache, head, tier, low * PAGE_SIZE).page;
+    for (; holes != 0; holes &= holes - 1) {
+      while (survivors == 0) {
+        --high;
+        survivors = stay.page(high) & ~first_bits(n - high * PAGE_SIZE);
+        from = slot_of(cache, head, tier, high * PAGE_SIZE).page;
+      }
+      const int last = 63 - __builtin_clzll(survivors);
+      survivors ^= uint64_t{1} << last;
+      copy_record(tiers.layout[tier], {to, __builtin_ctzll(holes)}, {from, last});
+    }
+  }
+  return n;
 }
 
 // Re-encodes a record for a lower tier; quantised records stay in the rotated space.
@@ -44,12 +95,18 @@ inline void compact_head(const CompactParams& p, const Tiers& tiers, int64_t hea
   const int8_t* targets = p.targets + head * cache.num_tiers * capacity;
   int32_t* lengths = cache.cache_seqlens + head * cache.num_tiers;
   for (int t = 0; t < cache.num_tiers; ++t) {
-    int64_t n = close_holes(cache, tiers, head, t, targets + t * capacity, lengths[t]);
+    const auto chosen = [&](int from) {
+      return Chosen{targets + from * capacity, static_cast<int8_t>(t), lengths[from]};
+    };
+    int64_t n = close_holes(cache, tiers, head, t, chosen(t));
     for (int s = cache.num_tiers - 1; s > t; --s) {
-      for (int64_t i = 0; i < lengths[s]; ++i) {
-        if (targets[s * capacity + i] != t) continue;
-        demote_record(cache, tiers, head, s, slot_of(cache, head, s, i), t,
-                      slot_of(cache, head, t, n++));
+      const Chosen demoted = chosen(s);
+      for (int64_t page = 0; page < demoted.num_pages(); ++page) {
+        for (uint64_t bits = demoted.page(page); bits != 0; bits &= bits - 1) {
+          const int64_t i = page * PAGE_SIZE + __builtin_ctzll(bits);
+          demote_record(cache, tiers, head, s, slot_of(cache, head, s, i), t,
+                        slot_of(cache, head, t, n++));
+        }
       }
     }
     lengths[t] = static_cast<int32_t>(n);

@@ -18,6 +18,20 @@ struct Encoder {
       : bits(bits), levels(levels), head_dim(head_dim), book(make_codebook(bits, levels)) {}
 };
 
+// 16 bytes as integers.
+SMARTKV_INLINE I load_bytes(const uint8_t* p) {
+#if defined(SMARTKV_AVX512)
+  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(SMARTKV_AVX2)
+  return {(v8i)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+          (v8i)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+#else
+  alignas(64) int32_t wide[16];
+  for (int i = 0; i < 16; ++i) wide[i] = p[i];
+  return load_words(wide);
+#endif
+}
+
 // 16 integers in [0, 255] as bytes.
 SMARTKV_INLINE void store_codes(uint8_t* out, I codes) {
 #if defined(SMARTKV_AVX512)
@@ -35,18 +49,61 @@ SMARTKV_INLINE void store_codes(uint8_t* out, I codes) {
 #endif
 }
 
-// Number of midpoints strictly below x, by bisection.
-template <int BITS>
-SMARTKV_INLINE I count_midpoints(F x, const Lookup& midpoint) {
-  I code = splat(0);
-  SMARTKV_UNROLL
-  for (int bit = BITS - 1; bit >= 0; --bit) {
-    const int step = 1 << bit;
-    const I above = gt(x, midpoint(code + splat(step - 1)));
-    code = code + (above & splat(step));
+// Number of midpoints strictly below x.
+#if defined(SMARTKV_AVX512)
+// 32 bins narrower than two neighbouring midpoints are apart: a table gives the number below the
+// bin and the only midpoint that can lie inside.
+struct MidpointCounter {
+  __m512 midpoint[2];
+  __m512i below[2];
+  float bins_per_unit;
+
+  SMARTKV_INLINE MidpointCounter(const Codebook& book, int bits, Levels levels)
+      : bins_per_unit(levels == Levels::UNIFORM ? 1.0f : 0.125f) {
+    alignas(64) float inside[32];
+    alignas(64) int32_t count[32];
+    const int midpoints = (1 << bits) - 1;
+    for (int bin = 0, n = 0; bin < 32; ++bin) {
+      const float end = static_cast<float>(bin - 15) / bins_per_unit;
+      count[bin] = n;
+      inside[bin] = n < midpoints ? book.midpoint[n] : INFINITY;
+      if (n < midpoints && book.midpoint[n] < end) ++n;
+    }
+    for (int i = 0; i < 2; ++i) {
+      midpoint[i] = _mm512_load_ps(inside + 16 * i);
+      below[i] = _mm512_load_si512(count + 16 * i);
+    }
   }
-  return code;
-}
+
+  template <int BITS>
+  SMARTKV_INLINE I count(F x) const {
+    const F bin = vmin(vmax(fma(x, splat(bins_per_unit), splat(16.0f)), splat(0.0f)), splat(31.0f));
+    const __m512i index = _mm512_cvttps_epi32((__m512)bin);
+    const __m512 inside = _mm512_permutex2var_ps(midpoint[0], index, midpoint[1]);
+    const __m512i base = _mm512_permutex2var_epi32(below[0], index, below[1]);
+    const __mmask16 above = _mm512_cmp_ps_mask((__m512)x, inside, _CMP_GT_OQ);
+    return (I)_mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
+  }
+};
+#else
+struct MidpointCounter {
+  Lookup midpoint;
+
+  SMARTKV_INLINE MidpointCounter(const Codebook& book, int, Levels) : midpoint(book.midpoint) {}
+
+  template <int BITS>
+  SMARTKV_INLINE I count(F x) const {
+    I code = splat(0);
+    SMARTKV_UNROLL
+    for (int bit = BITS - 1; bit >= 0; --bit) {
+      const int step = 1 << bit;
+      const I above = gt(x, midpoint(code + splat(step - 1)));
+      code = code + (above & splat(step));
+    }
+    return code;
+  }
+};
+#endif
 
 SMARTKV_INLINE F vabs(F x) { return as_float(as_int(x) & splat(INT32_MAX)); }
 
@@ -74,13 +131,14 @@ inline float encode_low(const Encoder& encoder, const float* y, uint8_t* codes) 
   const float scale = gaussian ? root_mean_square(y, count) * gaussian_unit(BITS)
                                : max_magnitude(y, count) / ((1 << BITS) - 1);
   const F inverse = splat(scale > 0 ? 1 / scale : 0.0f);
-  const Lookup midpoint(encoder.book.midpoint), level(encoder.book.level);
+  const MidpointCounter midpoints(encoder.book, BITS, encoder.levels);
+  const Lookup level(encoder.book.level);
   F product = splat(0.0f), square = splat(0.0f);
   for (int i = 0; i < count; i += 16) {
     const F v = load(y + i);
     F x = v * inverse;
     keep(x);
-    const I code = count_midpoints<BITS>(x, midpoint);
+    const I code = midpoints.template count<BITS>(x);
     store_codes(codes + i, code);
     const F chosen = level(code);
     F term = v * chosen;
@@ -125,11 +183,12 @@ inline uint16_t encode(const Encoder& encoder, const float* y, Codes& codes) {
 
 // Rotated vector of the codes.
 inline void decode(const Encoder& encoder, const Codes& codes, uint16_t scale, float* y) {
-  const float s = from_fp16(scale);
-  const bool wide = encoder.bits == 8;
-  for (int c = 0; c < encoder.head_dim; ++c) {
-    const int code = codes.at[c];
-    y[c] = (wide ? static_cast<float>(code - 128) : encoder.book.level[code]) * s;
+  const F s = splat(from_fp16(scale));
+  const Lookup level(encoder.book.level);
+  for (int c = 0; c < encoder.head_dim; c += 16) {
+    const I code = load_bytes(codes.at + c);
+    const F x = encoder.bits == 8 ? to_float(code - splat(128)) : level(code);
+    store(y + c, x * s);
   }
 }
 

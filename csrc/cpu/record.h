@@ -3,17 +3,35 @@
 
 namespace smartkv::SMARTKV_ISA {
 
-// How the lanes of one record lie in its plane.
+// How the lanes of one record lie in its plane: four K lanes together, V lanes four bytes apart.
 template <bool IS_V>
 SMARTKV_INLINE uint8_t* lane_at(uint8_t* plane, int lanes, int slot, int j) {
   return plane + (IS_V ? v_lane_offset(lanes, slot, j) : k_lane_offset(lanes, slot, j));
+}
+template <bool IS_V>
+SMARTKV_INLINE const uint8_t* lane_at(const uint8_t* plane, int lanes, int slot, int j) {
+  return plane + (IS_V ? v_lane_offset(lanes, slot, j) : k_lane_offset(lanes, slot, j));
+}
+
+// V lanes are byte slot % 4 of consecutive words: 16 of them go in and out of a vector at once.
+SMARTKV_INLINE void put_v_lanes(uint8_t* words, int slot, I lanes) {
+  const int shift = slot % 4 * 8;
+  const I mask = splat(static_cast<int32_t>(0xffu << shift));
+  const I others = load_words(words) & (mask ^ splat(-1));
+  store(reinterpret_cast<int32_t*>(words), others | (lanes << shift));
+}
+SMARTKV_INLINE I get_v_lanes(const uint8_t* words, int slot) {
+  return (load_words(words) >> (slot % 4 * 8)) & splat(255);
 }
 
 template <bool IS_V>
 inline void scatter_lanes(uint8_t* plane, int lanes, int slot, const uint8_t* bytes) {
   uint8_t* out = lane_at<IS_V>(plane, lanes, slot, 0);
   if constexpr (IS_V) {
-    for (int j = 0; j < lanes; ++j) out[4 * j] = bytes[j];
+    uint8_t* words = out - slot % 4;
+    int j = 0;
+    for (; j + 16 <= lanes; j += 16) put_v_lanes(words + 4 * j, slot, load_bytes(bytes + j));
+    for (; j < lanes; ++j) out[4 * j] = bytes[j];
   } else {
     for (int j = 0; j < lanes; j += 4) __builtin_memcpy(out + 16 * j, bytes + j, 4);
   }
@@ -21,24 +39,51 @@ inline void scatter_lanes(uint8_t* plane, int lanes, int slot, const uint8_t* by
 
 template <bool IS_V>
 inline void gather_lanes(const uint8_t* plane, int lanes, int slot, uint8_t* bytes) {
-  const uint8_t* in = lane_at<IS_V>(const_cast<uint8_t*>(plane), lanes, slot, 0);
+  const uint8_t* in = lane_at<IS_V>(plane, lanes, slot, 0);
   if constexpr (IS_V) {
-    for (int j = 0; j < lanes; ++j) bytes[j] = in[4 * j];
+    const uint8_t* words = in - slot % 4;
+    int j = 0;
+    for (; j + 16 <= lanes; j += 16) store_codes(bytes + j, get_v_lanes(words + 4 * j, slot));
+    for (; j < lanes; ++j) bytes[j] = in[4 * j];
   } else {
     for (int j = 0; j < lanes; j += 4) __builtin_memcpy(bytes + j, in + 16 * j, 4);
   }
 }
 
+template <bool IS_V>
+inline void copy_lanes(uint8_t* to_plane, int to_slot, const uint8_t* from_plane, int from_slot,
+                       int lanes) {
+  uint8_t* to = lane_at<IS_V>(to_plane, lanes, to_slot, 0);
+  const uint8_t* from = lane_at<IS_V>(from_plane, lanes, from_slot, 0);
+  if constexpr (IS_V) {
+    uint8_t* to_words = to - to_slot % 4;
+    const uint8_t* from_words = from - from_slot % 4;
+    int j = 0;
+    for (; j + 16 <= lanes; j += 16) {
+      put_v_lanes(to_words + 4 * j, to_slot, get_v_lanes(from_words + 4 * j, from_slot));
+    }
+    for (; j < lanes; ++j) to[4 * j] = from[4 * j];
+  } else {
+    for (int j = 0; j < lanes; j += 4) __builtin_memcpy(to + 16 * j, from + 16 * j, 4);
+  }
+}
+
+// Bytes of 64 lanes at a time; what runs past the lanes is not used.
+constexpr int32_t repeat_byte(int byte) { return static_cast<int32_t>(byte * 0x01010101u); }
+
 // One plane of `width` bits: bit `low` of a code upwards goes to (comes from) the plane.
 template <bool IS_V>
 inline void write_plane(uint8_t* plane, int slot, int head_dim, int width, int low,
                         const Codes& codes) {
-  const int lanes = plane_lanes(head_dim, width), mask = (1 << width) - 1;
-  alignas(64) uint8_t bytes[MAX_HEAD_DIM] = {};
-  for (int shift = 0, c = 0; shift < 8; shift += width, c += lanes) {
-    for (int j = 0; j < lanes; ++j) {
-      bytes[j] = static_cast<uint8_t>(bytes[j] | (codes.at[c + j] >> low & mask) << shift);
+  const int lanes = plane_lanes(head_dim, width);
+  const I mask = splat(repeat_byte((1 << width) - 1));
+  alignas(64) uint8_t bytes[MAX_HEAD_DIM];
+  for (int j = 0; j < lanes; j += 64) {
+    I word = splat(0);
+    for (int shift = 0, c = j; shift < 8; shift += width, c += lanes) {
+      word = word | (((load_words(codes.at + c) >> low) & mask) << shift);
     }
+    store(reinterpret_cast<int32_t*>(bytes + j), word);
   }
   scatter_lanes<IS_V>(plane, lanes, slot, bytes);
 }
@@ -46,12 +91,17 @@ inline void write_plane(uint8_t* plane, int slot, int head_dim, int width, int l
 template <bool IS_V>
 inline void read_plane(const uint8_t* plane, int slot, int head_dim, int width, int low,
                        Codes& codes) {
-  const int lanes = plane_lanes(head_dim, width), mask = (1 << width) - 1;
+  const int lanes = plane_lanes(head_dim, width);
+  const I mask = splat(repeat_byte((1 << width) - 1));
   alignas(64) uint8_t bytes[MAX_HEAD_DIM];
   gather_lanes<IS_V>(plane, lanes, slot, bytes);
+  const I below = splat(repeat_byte((1 << low) - 1));
+  // Ascending: what a vector writes past its lanes is overwritten by the next ones.
   for (int shift = 0, c = 0; shift < 8; shift += width, c += lanes) {
-    for (int j = 0; j < lanes; ++j) {
-      codes.at[c + j] = static_cast<uint8_t>(codes.at[c + j] | (bytes[j] >> shift & mask) << low);
+    for (int j = 0; j < lanes; j += 64) {
+      const I part = ((load_words(bytes + j) >> shift) & mask) << low;
+      auto* at = reinterpret_cast<int32_t*>(codes.at + c + j);
+      store(at, (load_words(at) & below) | part);
     }
   }
 }
@@ -67,7 +117,6 @@ inline void write_codes(uint8_t* section, int slot, int bits, int head_dim, cons
 
 template <bool IS_V>
 inline void read_codes(const uint8_t* section, int slot, int bits, int head_dim, Codes& codes) {
-  __builtin_memset(codes.at, 0, sizeof codes.at);
   const Planes planes = code_planes(bits);
   for (int i = 0, low = 0; i < planes.count; low += planes.width[i++]) {
     read_plane<IS_V>(section, slot, head_dim, planes.width[i], low, codes);
@@ -104,13 +153,10 @@ inline void copy_record(const PageLayout& layout, Slot to, Slot from) {
     const Planes planes = code_planes(layout.bits);
     for (int i = 0; i < planes.count; ++i) {
       const int lanes = plane_lanes(layout.head_dim, planes.width[i]);
-      uint8_t bytes[MAX_HEAD_DIM];
       if (kind == 0) {
-        gather_lanes<false>(from.page + start, lanes, from.index, bytes);
-        scatter_lanes<false>(to.page + start, lanes, to.index, bytes);
+        copy_lanes<false>(to.page + start, to.index, from.page + start, from.index, lanes);
       } else {
-        gather_lanes<true>(from.page + start, lanes, from.index, bytes);
-        scatter_lanes<true>(to.page + start, lanes, to.index, bytes);
+        copy_lanes<true>(to.page + start, to.index, from.page + start, from.index, lanes);
       }
       start += PAGE_SIZE * lanes;
     }

@@ -8,8 +8,8 @@ template <int H, class V, int... LANE>
 SMARTKV_INLINE V butterfly_lanes(V x, Lanes<LANE...>) {
   typedef decltype(as_int(x)) INTS;
   const V other = SMARTKV_SHUFFLE(x, x, INTS, (LANE ^ H)...);
-  const INTS sign = {(LANE & H ? INT32_MIN : 0)...};
-  return other + as_float(as_int(x) ^ sign);
+  const V sign = {(LANE & H ? -1.0f : 1.0f)...};
+  return fma(x, sign, other);  // the product is exact: rounded once, with or without FMA
 }
 template <int H, class V>
 SMARTKV_INLINE V butterfly(V x) {

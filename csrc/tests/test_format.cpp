@@ -79,16 +79,28 @@ void test_levels() {
     const Codebook book = make_codebook(4, levels);
     CHECK(book.level[15] == -book.level[0] && book.midpoint[7] == 0);
   }
-  // A value on a midpoint belongs to the lower level: midpoints strictly below count.
-  const Codebook book = make_codebook(3, Levels::GAUSSIAN);
-  const Lookup midpoint(book.midpoint);
-  for (int i = 0; i < 7; ++i) {
+}
+
+// Midpoints strictly below count: a value on a midpoint belongs to the lower level.
+template <int BITS>
+void test_midpoints(Levels levels) {
+  const Codebook book = make_codebook(BITS, levels);
+  const MidpointCounter counter(book, BITS, levels);
+  const int count = (1 << BITS) - 1;
+  const auto check = [&](float x) {
+    int expected = 0;
+    for (int i = 0; i < count; ++i) expected += book.midpoint[i] < x;
     int32_t codes[16];
-    store(codes, count_midpoints<3>(splat(book.midpoint[i]), midpoint));
-    CHECK(codes[0] == i && codes[15] == i);
-    store(codes, count_midpoints<3>(splat(book.midpoint[i] + 0.25f), midpoint));
-    CHECK(codes[3] == i + 1);
+    store(codes, counter.template count<BITS>(splat(x)));
+    CHECK(codes[0] == expected && codes[15] == expected, "%d bits: %g is code %d, not %d", BITS, x,
+          codes[0], expected);
+  };
+  for (int i = 0; i < count; ++i) {
+    const float x = book.midpoint[i];
+    for (float y : {x, std::nextafterf(x, -1e9f), std::nextafterf(x, 1e9f)}) check(y);
   }
+  for (float x = -300; x < 300; x += 0.37f) check(x);
+  for (float x : {-1e30f, 1e30f, 0.0f, -0.0f, 1e-30f, -1e-30f}) check(x);
 }
 
 void test_rotation(int head_dim) {
@@ -180,6 +192,11 @@ int main() {
     test_rotation(head_dim);
   }
   test_levels();
+  for (Levels levels : {Levels::UNIFORM, Levels::GAUSSIAN}) {
+    test_midpoints<2>(levels);
+    test_midpoints<3>(levels);
+    test_midpoints<4>(levels);
+  }
   test_half();
   test_exp();
   test_gemm();
