@@ -17,8 +17,8 @@ import typer
 from transformers import DynamicCache
 
 import smartkv_ext
-from bench.common import show
 from bench.models import load, text_ids
+from bench.output import show
 from smartkv_ext import SmartKVCache
 
 
