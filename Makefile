@@ -52,8 +52,7 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.built
-	$(BIN)/python -m bench.decode_attention
-	$(BIN)/python -m bench.ops
+	$(BIN)/python -m bench.all
 	$(BIN)/python -m bench.decode_step
 	$(BIN)/python -m bench.memory
 
