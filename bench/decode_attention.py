@@ -21,6 +21,7 @@ from bench.rivals import attention_rivals, attention_ways
 from bench.session import Session, Times, rival_rows, table_row
 from bench.timing import Work
 from smartkv_ext import ops
+from smartkv_ext.reference.layout import BITS
 
 
 def attention_calls(session: Session, cache: Packed, q: torch.Tensor, **keywords: Any) -> Work:
@@ -74,22 +75,22 @@ class Measured:
     errors: tuple[float, float] | None
 
     def fields(self) -> dict[str, Any]:
-        """For the JSON. Ratios: with mass to without; mixed to uniform, each per byte."""
+        """For the JSON. Ratios are to the uniform cache without mass; ragged and mixed ones per byte."""
         seconds, sizes = self.times.works, self.num_bytes
         fields = {"bits": self.bits} | self.times.figures("packed", sizes["packed"])
         if "mass" in seconds:
             fields |= {"mass_us": seconds["mass"] * 1e6, "mass_ratio": seconds["mass"] / seconds["packed"]}
-        if "mix" in seconds:
-            per_byte = {name: seconds[name] / sizes[name] for name in ("mix", "packed")}
-            fields |= {"mix_us": seconds["mix"] * 1e6, "mix_bytes": sizes["mix"]}
-            fields |= {"mix_ratio": per_byte["mix"] / per_byte["packed"]}
+        for name in ("ragged", "mix"):
+            if name in seconds:
+                ratio = seconds[name] / sizes[name] / (seconds["packed"] / sizes["packed"])
+                fields |= {f"{name}_us": seconds[name] * 1e6, f"{name}_bytes": sizes[name], f"{name}_ratio": ratio}
         if self.errors is not None:
             fields |= dict(zip(("error", "error_torch_bf16"), self.errors, strict=True))
         return fields
 
     def rows(self) -> list[dict[str, Any]]:
         """For the table."""
-        names = {"packed": "", "mass": ", with mass", "mix": ", ragged mix"}
+        names = {"packed": "", "mass": ", with mass", "ragged": ", ragged", "mix": ", ragged, 5 tiers"}
         rows = [
             table_row(f"{self.bits}-bit{names[name]}", self.times.figures(name, self.num_bytes[name]))
             for name in self.times.works
@@ -115,8 +116,9 @@ def measure(
         works["mass"] = attention_calls(session, cache, q, return_mass=True, **keywords)
     if extras["mix"]:
         batch, kv_heads, _, head_dim = tokens.k.shape
-        mixed = mixed_cache(cache.num_bytes, batch, kv_heads, head_dim)
-        works["mix"] = attention_calls(session, mixed, q, **keywords)
+        for name, tiers in (("ragged", (bits,)), ("mix", BITS)):
+            mixed = mixed_cache(cache.num_bytes, batch, kv_heads, head_dim, tiers)
+            works[name] = attention_calls(session, mixed, q, **keywords)
     times = session.times(works, rivals)
     errors = None
     if extras["error"]:
@@ -133,7 +135,9 @@ def main(
     q_len: Annotated[int, typer.Option(min=1, max=8, help="queries per sequence (speculative decoding)")] = 1,
     batch: options.Batch = 1,
     precision: Annotated[str | None, typer.Option(help="fp32, int16 or int8; default: the op's own")] = None,
-    mix: Annotated[bool, typer.Option("--mix", help="also mixed tiers and ragged heads in as many bytes")] = False,
+    mix: Annotated[
+        bool, typer.Option("--mix", help="also ragged heads of one tier and of all tiers, in as many bytes")
+    ] = False,
     mass: Annotated[bool, typer.Option("--mass", help="also with return_mass")] = False,
     error: Annotated[bool, typer.Option("--error", help="relative L2 error against float64")] = False,
     device: options.Device = "cpu",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from smartkv_ext import ops
-from smartkv_ext.reference.layout import PAGE_SIZE, page_layout
+from smartkv_ext.reference.layout import BITS, PAGE_SIZE, page_layout
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,8 @@ def ragged_page_counts(num_bytes: int, heads: int, page_bytes: Sequence[int]) ->
     return counts
 
 
-def mixed_cache(
-    num_bytes: int, batch: int, kv_heads: int, head_dim: int, tier_bits: Sequence[int] = (2, 3, 4, 8, 16)
-) -> Packed:
-    """Ragged heads of mixed tiers in ``num_bytes`` of pages (ragged_page_counts); last pages are partly filled."""
+def mixed_cache(num_bytes: int, batch: int, kv_heads: int, head_dim: int, tier_bits: Sequence[int] = BITS) -> Packed:
+    """Ragged heads of one or several tiers in ``num_bytes`` of pages (ragged_page_counts), last pages partly filled."""
     heads = batch * kv_heads
     counts = ragged_page_counts(num_bytes, heads, [page_layout(bits, head_dim).page_bytes for bits in tier_bits])
     table = torch.full((heads, len(tier_bits), int(counts.max())), -1, dtype=torch.int32)

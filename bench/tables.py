@@ -15,7 +15,8 @@ EXTRAS = {  # field -> how it is written
     "matmul_bf16_gflops": "bf16 matmul {:.0f}",
     "matmul_fp32_gflops": "fp32 matmul {:.0f}",
     "mass_ratio": "with mass x{:.2f}",
-    "mix_ratio": "mixed and ragged x{:.2f} per byte",
+    "ragged_ratio": "ragged x{:.2f}",
+    "mix_ratio": "ragged and mixed x{:.2f}",
     "error": "error {:.1e}",
     "error_torch_bf16": "torch bf16's {:.1e}",
 }
@@ -24,7 +25,9 @@ LEGEND = """\
 Medians on cold operands. GB/s: bytes that must be read and written once, over the time; read GB/s: torch's fastest
 read of cold memory; x floor: the time over that of reading as many bytes; best torch: the fastest of the rivals. Read,
 best rival and op took turns. `bench/` says for each op what its bytes and its rivals are; the JSON file beside this one
-holds all rivals. Errors: relative L2 against float64 over the dequantised cache, diffuse random attention.
+holds all rivals. With mass, ragged, mixed: time over that of the uniform cache without mass, per byte; ragged heads
+differ in length up to 7 times, mixed ones spread their bytes evenly over all tiers. Errors: relative L2 against float64
+over the dequantised cache, diffuse random attention.
 """
 
 

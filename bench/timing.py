@@ -55,15 +55,15 @@ def calm_medians(works: Sequence[Work], seconds: float, device: torch.device) ->
     """
     tries: list[tuple[float, list[float]]] = []
     while not tries or (tries[-1][0] > CALM and len(tries) < 3):
-        start, others = time.perf_counter(), _cpu_seconds_of_others()
+        start, others = time.perf_counter(), cpu_seconds_of_others()
         found = medians(works, seconds, device)
         wall = (time.perf_counter() - start) * (os.cpu_count() or 1)
-        tries.append((max(_cpu_seconds_of_others() - others, 0.0) / wall, found))
+        tries.append((max(cpu_seconds_of_others() - others, 0.0) / wall, found))
     share, found = min(tries)
     return found, share
 
 
-def _cpu_seconds_of_others() -> float:
+def cpu_seconds_of_others() -> float:
     """CPU time since boot that was not this process's, stolen time included; 0 where the system does not tell."""
     try:
         ticks = [int(x) for x in Path("/proc/stat").read_text().split()[1:9]]
