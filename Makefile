@@ -53,7 +53,7 @@ format: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench.all
-	$(BIN)/python -m bench.decode_step
+	$(BIN)/python -m bench.generate --context 2048 8192
 	$(BIN)/python -m bench.memory
 
 clean:
