@@ -4,7 +4,8 @@ python -m bench.generate --model smollm2 --context 2048 4096 8192 --out results.
 python -m bench.generate --model FOLDER --dtype bfloat16 --context 8192 --cache dynamic --cache smartkv:0.125
 
 Every cache sees the same text and decodes the same tokens, in a process of its own. With --out, each measurement is
-appended to a JSON-lines file; what is already in the file is not measured again, so an interrupted run continues.
+appended to a JSON-lines file; what is already in the file is not measured again, so an interrupted run continues. Only
+what was measured while other processes used the CPU is measured anew, and the newer line counts.
 quanto, hqq and fp8 are the backends of transformers' QuantizedCache (pip install optimum-quanto hqq).
 """
 
@@ -30,7 +31,7 @@ from bench.layer_times import TimedCache, attention_clock
 from bench.models import load, text_ids
 from bench.output import show
 from bench.resident import peak_bytes, settle
-from bench.timing import cpu_seconds_of_others
+from bench.timing import CALM, cpu_seconds_of_others
 from smartkv_ext import SmartKVCache
 
 WARM_UP = 96  # tokens
@@ -214,7 +215,8 @@ def main(
         for kind in cache
     ]
     known = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
-    entries = [entry for entry in known if entry["settings"] in todo]
+    newest = {json.dumps(entry["settings"]): entry for entry in known if entry["settings"] in todo}
+    entries = [entry for entry in newest.values() if entry["result"].get("others_cpu", 0.0) <= CALM]
     finished = [entry["settings"] for entry in entries]
     interrupted = False
     with tqdm(todo, unit="run") as progress:
