@@ -52,9 +52,8 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.built
-	$(BIN)/python -m bench.decode_attention
-	$(BIN)/python -m bench.ops
-	$(BIN)/python -m bench.decode_step
+	$(BIN)/python -m bench.all
+	$(BIN)/python -m bench.generate --context 2048 8192
 	$(BIN)/python -m bench.memory
 
 clean:

@@ -1,112 +1,167 @@
 """decode_attention over a packed cache, cold, against torch on an uncompressed one.
 
 python -m bench.decode_attention --bits 4 --kv-len 32768 --heads 32 --kv-heads 8 --head-dim 128 --threads 2
+python -m bench.decode_attention --bits 4 --bits 8 --mix --mass --error --json
+
+Bytes are those of the pages; queries, tables and the output are less than 1 % of them. Every query is behind all keys.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 
-from bench.common import copies_for_cold_cache, median_seconds, read_bandwidth, show
+from bench import options
+from bench.operands import Packed, Tokens, mixed_cache, uniform_cache
+from bench.rivals import attention_rivals, attention_ways
+from bench.session import Session, Times, rival_rows, table_row
+from bench.timing import Work
 from smartkv_ext import ops
+from smartkv_ext.reference.layout import BITS
 
 
-def packed_calls(bits: int, kv_len: int, heads: int, kv_heads: int, head_dim: int, return_mass: bool = False):
-    """(calls that attend over separate copies, packed bytes of one copy)."""
-    k, v = torch.randn(2, 1, kv_heads, kv_len, head_dim).to(torch.bfloat16)
-    positions = torch.arange(kv_len, dtype=torch.int32).expand(1, kv_heads, -1).contiguous()
-    mean = k.float().mean(2)
-    pages = ops.quantize_kv(k, v, mean, positions, torch.zeros(1, kv_heads, kv_len), bits).flatten(0, 2)
-    table = torch.arange(len(pages), dtype=torch.int32).view(1, kv_heads, 1, -1)
-    lengths = torch.full((1, kv_heads, 1), kv_len, dtype=torch.int32)
-    window = torch.empty(1, kv_heads, 0, head_dim, dtype=torch.bfloat16)
-    none = torch.empty(1, 0, dtype=torch.int32)
-    q = torch.randn(1, heads, 1, head_dim).to(torch.bfloat16)
+def attention_calls(session: Session, cache: Packed, q: torch.Tensor, **keywords: Any) -> Work:
+    """Calls that attend over separate copies of the pages."""
+    batch, kv_heads, _, head_dim = (*cache.lengths.shape, q.shape[-1])
+    table, lengths, mean = (x.to(session.device) for x in (cache.block_table, cache.lengths, cache.mean))
+    q = q.to(session.device)
+    window = q.new_empty(batch, kv_heads, 0, head_dim)
+    none = torch.empty(batch, 0, dtype=torch.int32, device=session.device)
 
-    def call(pool):
-        return lambda: ops.decode_attention(
-            q, [pool], table, lengths, mean, window, window, none, kv_len, [bits], return_mass=return_mass
+    def call(*pools: torch.Tensor) -> Any:
+        return ops.decode_attention(
+            q, pools, table, lengths, mean, window, window, none, cache.q_start, cache.tier_bits, **keywords
         )
 
-    return [call(pages.clone()) for _ in range(copies_for_cold_cache(pages.nbytes))], pages.nbytes
+    return Work([partial(call, *pools) for pools in zip(*session.copies(*cache.pools), strict=True)], cache.num_bytes)
 
 
-def torch_rivals(kv_len: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, float]:
-    """Seconds of torch's ways to do the same over an uncompressed cache."""
-    groups = heads // kv_heads
-    rivals = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        q = torch.randn(1, heads, 1, head_dim, dtype=dtype)
-        k = torch.randn(1, kv_heads, kv_len, head_dim, dtype=dtype)
-        copies = [
-            (torch.randn_like(k), torch.randn_like(k)) for _ in range(min(4, copies_for_cold_cache(2 * k.nbytes)))
+def relative_errors(
+    cache: Packed, tokens: Tokens, q: torch.Tensor, out: torch.Tensor, levels: str = "gaussian"
+) -> tuple[float, float]:
+    """Relative L2 errors of ``out``, and of torch's eager bfloat16 attention, on the dequantised cache.
+
+    The yardstick is float64 attention over the keys and values that each of the two was given: eager torch gets the
+    dequantised ones rounded to bfloat16, and that rounding is not held against it.
+    """
+    bits, n, groups = cache.tier_bits[0], tokens.k.shape[2], q.shape[1] // tokens.k.shape[1]
+    pages = cache.pools[0].view(*cache.block_table.shape[:2], -1, cache.pools[0].shape[1])
+    stored = torch.bfloat16 if bits == 16 else torch.float32
+    k, v = (x[:, :, :n] for x in ops.dequantize_kv(pages, cache.mean, q.shape[-1], bits, levels, stored))
+    attend = attention_ways(groups)["folded matmul"]
+
+    def exact(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = zip(q.double().split(groups, 1), k.split(1, 1), v.split(1, 1), strict=True)  # one at a time: memory
+        return torch.cat([attend(q, k.double(), v.double()) for q, k, v in heads], 1)
+
+    def error(x: torch.Tensor, truth: torch.Tensor) -> float:
+        return ((x.double() - truth).norm() / truth.norm()).item()
+
+    rounded = k.to(torch.bfloat16), v.to(torch.bfloat16)
+    return error(out.cpu(), exact(k, v)), error(attend(q, *rounded), exact(*rounded))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One tier: the times of "packed" and what else was asked for, and their bytes."""
+
+    bits: int
+    times: Times
+    num_bytes: dict[str, int]
+    errors: tuple[float, float] | None
+
+    def fields(self) -> dict[str, Any]:
+        """For the JSON. Ratios are to the uniform cache without mass; ragged and mixed ones per byte."""
+        seconds, sizes = self.times.works, self.num_bytes
+        fields = {"bits": self.bits} | self.times.figures("packed", sizes["packed"])
+        if "mass" in seconds:
+            fields |= {"mass_us": seconds["mass"] * 1e6, "mass_ratio": seconds["mass"] / seconds["packed"]}
+        for name in ("ragged", "mix"):
+            if name in seconds:
+                ratio = seconds[name] / sizes[name] / (seconds["packed"] / sizes["packed"])
+                fields |= {f"{name}_us": seconds[name] * 1e6, f"{name}_bytes": sizes[name], f"{name}_ratio": ratio}
+        if self.errors is not None:
+            fields |= dict(zip(("error", "error_torch_bf16"), self.errors, strict=True))
+        return fields
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For the table."""
+        names = {"packed": "", "mass": ", with mass", "ragged": ", ragged", "mix": ", ragged, 5 tiers"}
+        rows = [
+            table_row(f"{self.bits}-bit{names[name]}", self.times.figures(name, self.num_bytes[name]))
+            for name in self.times.works
         ]
+        if self.errors is not None:
+            rows[0] |= dict(zip(("error", "torch bf16's"), self.errors, strict=True))
+        return rows
 
-        def repeated(k, v, q=q):
-            return F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
-        def grouped(k, v, q=q):
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-        def folded(k, v, q=q):
-            rows = q.view(1, kv_heads, groups, head_dim)
-            return torch.softmax(rows @ k.transpose(2, 3) * head_dim**-0.5, -1) @ v
-
-        name = str(dtype).removeprefix("torch.")
-        for label, function in (("sdpa repeated", repeated), ("sdpa gqa", grouped), ("folded matmul", folded)):
-            calls = [lambda k=k, v=v, f=function: f(k, v) for k, v in copies]
-            rivals[f"{label} {name}"] = median_seconds(calls, 0.5)
-    return rivals
+def measure(
+    session: Session,
+    bits: int,
+    tokens: Tokens,
+    q: torch.Tensor,
+    rivals: tuple[dict[str, float], Work],
+    extras: dict[str, bool],
+    keywords: dict[str, Any],
+) -> Measured:
+    """Time one tier. ``extras``: which of mix, mass and error to add."""
+    cache = uniform_cache(tokens, bits)
+    works = {"packed": attention_calls(session, cache, q, **keywords)}
+    if extras["mass"]:
+        works["mass"] = attention_calls(session, cache, q, return_mass=True, **keywords)
+    if extras["mix"]:
+        batch, kv_heads, _, head_dim = tokens.k.shape
+        for name, tiers in (("ragged", (bits,)), ("mix", BITS)):
+            mixed = mixed_cache(cache.num_bytes, batch, kv_heads, head_dim, tiers)
+            works[name] = attention_calls(session, mixed, q, **keywords)
+    times = session.times(works, rivals)
+    errors = None
+    if extras["error"]:
+        errors = relative_errors(cache, tokens, q, works["packed"].calls[0]()[0])
+    return Measured(bits, times, {name: work.num_bytes for name, work in works.items()}, errors)
 
 
 def main(
-    bits: Annotated[list[int], typer.Option(help="tiers to measure")] = [2, 3, 4, 8, 16],  # noqa: B006
-    kv_len: int = 32768,
-    heads: int = 32,
-    kv_heads: int = 8,
-    head_dim: int = 128,
-    threads: int = 2,
+    bits: Annotated[list[int], typer.Option(help="tier; give several for several cases")] = [4],  # noqa: B006
+    kv_len: options.KvLen = 32768,
+    heads: options.Heads = 32,
+    kv_heads: options.KvHeads = 8,
+    head_dim: options.HeadDim = 128,
+    q_len: Annotated[int, typer.Option(min=1, max=8, help="queries per sequence (speculative decoding)")] = 1,
+    batch: options.Batch = 1,
+    precision: Annotated[str | None, typer.Option(help="fp32, int16 or int8; default: the op's own")] = None,
+    mix: Annotated[
+        bool, typer.Option("--mix", help="also ragged heads of one tier and of all tiers, in as many bytes")
+    ] = False,
+    mass: Annotated[bool, typer.Option("--mass", help="also with return_mass")] = False,
+    error: Annotated[bool, typer.Option("--error", help="relative L2 error against float64")] = False,
+    device: options.Device = "cpu",
+    threads: options.Threads = 2,
+    seconds: options.Seconds = 1.0,
+    huge_pages: options.HugePages = False,
+    json: options.JsonOnly = False,
+    plot: options.Plot = None,
 ) -> None:
-    """Print a table and one JSON line; times in microseconds, cold operands, medians."""
-    torch.set_num_threads(threads)
-    bandwidth = read_bandwidth()
-    rivals = torch_rivals(kv_len, heads, kv_heads, head_dim)
-    best = min((seconds, name) for name, seconds in rivals.items() if "bfloat16" in name)
-    rows, result = (
-        [],
-        {"bandwidth_gbps": bandwidth / 1e9, "rivals_us": {k: s * 1e6 for k, s in rivals.items()}, "bits": {}},
+    """Time one or several tiers. One tier: its fields at the top level of the JSON; several: a list, ``cases``."""
+    session = Session.open("decode_attention", device, threads, seconds, huge_pages, json, plot)
+    rivals = session.rivals(attention_rivals(session, batch, heads, kv_heads, q_len, kv_len, head_dim))
+    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim)
+    q = torch.randn(batch, heads, q_len, head_dim).to(torch.bfloat16)
+    keywords = {} if precision is None else {"precision": precision}
+    extras = {"mix": mix, "mass": mass, "error": error}
+    measured = [measure(session, width, tokens, q, rivals, extras, keywords) for width in bits]
+    cases = [one.fields() for one in measured]
+    rows = [row for one in measured for row in one.rows()] + rival_rows(cases[-1])
+    context = session.context(
+        kv_len=kv_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_len=q_len, batch=batch, precision=precision
     )
-    for width in bits:
-        calls, num_bytes = packed_calls(width, kv_len, heads, kv_heads, head_dim)
-        seconds = median_seconds(calls)
-        floor = num_bytes / bandwidth
-        row = {
-            "us": seconds * 1e6,
-            "bytes": num_bytes,
-            "gbps": num_bytes / seconds / 1e9,
-            "floor_us": floor * 1e6,
-            "floor_ratio": seconds / floor,
-            "speedup_vs_best_torch": best[0] / seconds,
-        }
-        result["bits"][width] = row
-        rows.append({"method": f"packed {width}-bit"} | row)
-    for name, seconds in rivals.items():
-        size = 2 * kv_heads * kv_len * head_dim * (4 if "float32" in name else 2)
-        values = (
-            seconds * 1e6,
-            size,
-            size / seconds / 1e9,
-            size / bandwidth * 1e6,
-            seconds * bandwidth / size,
-            best[0] / seconds,
-        )
-        rows.append(dict(zip(rows[0], (name, *values), strict=True)))
-    title = f"decode, {heads} q / {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, {threads} threads"
-    show(f"{title}, read {bandwidth / 1e9:.1f} GB/s", rows, result)
+    title = f"{heads} q / {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, q_len {q_len}, batch {batch}"
+    session.show(title, rows, context | (cases[0] if len(cases) == 1 else {"cases": cases}))
 
 
 if __name__ == "__main__":

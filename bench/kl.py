@@ -14,8 +14,8 @@ import typer
 from transformers import DynamicCache
 
 import smartkv_ext
-from bench.common import show
 from bench.models import load, text_ids
+from bench.output import show
 from smartkv_ext import SmartKVCache
 
 ALL_KEPT = ["tiers=16", "tiers=8", "tiers=4", "tiers=3", "tiers=2", "tiers=4 levels=uniform mean_shift=0"]

@@ -10,21 +10,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import typer
 from transformers import DynamicCache
 
 import smartkv_ext
-from bench.common import show
 from bench.models import load, text_ids
+from bench.output import show
+from bench.resident import resident_bytes
 from smartkv_ext import SmartKVCache
-
-
-def resident_bytes() -> int:
-    """Resident set of this process (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(kind: str, model: str, dtype: str, prefill: int, chunk: int) -> dict[str, float]:

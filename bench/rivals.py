@@ -1,0 +1,94 @@
+"""The same work in eager torch: attention over an uncompressed cache, quantising, dequantising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from bench.session import Session
+from bench.timing import Work
+from smartkv_ext.reference.hadamard import rotate
+
+CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # a code's share of a byte in the eager rivals
+
+
+def attention_rivals(
+    session: Session, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int
+) -> dict[str, Work]:
+    """Every query sees every key, so no way needs a mask. ``num_bytes`` of each: keys and values once."""
+    groups = heads // kv_heads
+    works = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        q = torch.randn(batch, heads, q_len, head_dim, device=session.device).to(dtype)
+        kv = session.copies(*torch.randn(2, batch, kv_heads, kv_len, head_dim).to(dtype))
+        name = str(dtype).removeprefix("torch.")
+        for label, function in attention_ways(groups).items():
+            calls = [lambda q=q, k=k, v=v, f=function: f(q, k, v) for k, v in zip(*kv, strict=True)]
+            works[f"{label} {name}"] = Work(calls, kv[0][0].nbytes * 2)
+    return works
+
+
+def attention_ways(groups: int) -> dict[str, Callable[..., torch.Tensor]]:
+    """name -> f(q (batch, heads, q_len, head_dim), k, v (batch, kv_heads, kv_len, head_dim)): softmax(q k^T) v."""
+
+    def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+
+    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    def folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The queries of a group as rows of one matrix: keys and values are read once."""
+        rows = q.unflatten(1, (-1, groups)).flatten(2, 3)
+        out = torch.softmax(rows @ k.transpose(2, 3) * q.shape[-1] ** -0.5, -1) @ v
+        return out.unflatten(2, (groups, -1)).flatten(1, 2)
+
+    return {"sdpa repeated": repeated, "sdpa gqa": grouped, "folded matmul": folded}
+
+
+def rotation_matrix(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(head_dim, head_dim) R, so that x @ R rotates rows as the ops do."""
+    return rotate(torch.eye(head_dim)).to(device, dtype)
+
+
+def quantize_eagerly(
+    k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, bits: int, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same steps as quantize_kv with uniform levels, in eager torch: k, v codes (uint8, packed) and their scales.
+
+    k, v (batch, kv_heads, n, head_dim), mean (batch, kv_heads, head_dim); 3 bits take 4. ``rotation``: of
+    ``rotation_matrix``; its dtype is that of the arithmetic.
+    """
+    packed = []
+    for x in (k.to(rotation.dtype) - mean[:, :, None].to(rotation.dtype), v.to(rotation.dtype)):
+        y = x @ rotation
+        scale = y.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+        codes = (y / scale + 2 ** (bits - 1)).clamp_(0, 2**bits - 1).to(torch.uint8)
+        per_byte = 8 // CONTAINER_BITS[bits]
+        lanes = codes.unflatten(-1, (per_byte, -1)).unbind(-2)
+        byte = lanes[0]
+        for i, lane in enumerate(lanes[1:], 1):
+            byte = byte | (lane << (i * CONTAINER_BITS[bits]))
+        packed += [byte, scale]
+    return packed[0], packed[1], packed[2], packed[3]
+
+
+def dequantize_eagerly(
+    k_codes: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_codes: torch.Tensor,
+    v_scale: torch.Tensor,
+    mean: torch.Tensor,
+    bits: int,
+    rotation: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of quantize_eagerly: k, v (batch, kv_heads, n, head_dim) bfloat16."""
+    width = CONTAINER_BITS[bits]
+    out = []
+    for codes, scale in ((k_codes, k_scale), (v_codes, v_scale)):
+        lanes = [(codes >> (i * width)) & (2**width - 1) for i in range(8 // width)]
+        y = (torch.cat(lanes, -1).to(rotation.dtype) - (2 ** (bits - 1) - 0.5)) * scale
+        out.append(y @ rotation.T)
+    return (out[0] + mean[:, :, None].to(rotation.dtype)).to(torch.bfloat16), out[1].to(torch.bfloat16)
