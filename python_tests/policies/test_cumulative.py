@@ -31,7 +31,7 @@ def hybrid(position, length, recent, cumulative, norm, r):
         return math.inf
     if age < 4:
         return 1e6 - age
-    return 0.6 * recent + 0.4 * cumulative * ((position + 1) / length) ** 0.3 + 0.05 * max(0.0, 1 - age / 128)
+    return 0.6 * recent + 0.4 * cumulative * ((position + 1) / length) ** 0.3 + max(0.0, 1 - age / 128)
 
 
 def h2o(position, length, recent, cumulative, norm, r):
