@@ -41,7 +41,7 @@ class Table:
 
     def add(self, group: str, traces: list[Trace]) -> None:
         for name, policy in self.policies.items():
-            for shared in (False, True) if policy.compares_heads else (False,):
+            for shared in (False, True):
                 errors = reconstruction_errors(policy, traces, window=self.window, shared=shared)
                 self.errors.setdefault((name, group, shared), []).append(errors)
 
@@ -55,8 +55,7 @@ class Table:
             row: dict[str, Any] = {"policy": name} | {g: x.mean().item() for g, x in each.items()}
             row |= {f"{100 * r:.0f} %": x for r, x in zip(RETENTIONS, everything.tolist(), strict=True)}
             row["mean"] = everything.mean().item()
-            shared = [x for g in groups for x in self.errors.get((name, g, True), [])]
-            row["heads compete"] = mean([mean(x) for x in shared]) if shared else "-"
+            row["heads compete"] = mean([mean(x) for g in groups for x in self.errors[name, g, True]])
             rows.append(row)
         return sorted(rows, key=lambda row: row["mean"])
 

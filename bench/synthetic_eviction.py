@@ -44,18 +44,14 @@ def measure(name: str, policy: Policy, splits: dict[str, list[Trace]], window: i
     last = list(splits)[-1]
     row: dict[str, Any] = {"policy": name} | {split: mean(values) for split, values in errors.items()}
     row |= {f"{last} {100 * r:.0f} %": x for r, x in zip(RETENTIONS, errors[last], strict=True)}
-    if policy.compares_heads:
-        row["heads compete"] = mean(reconstruction_errors(policy, splits[last], window=window, shared=True))
-    else:
-        row["heads compete"] = "-"
+    row["heads compete"] = mean(reconstruction_errors(policy, splits[last], window=window, shared=True))
     return row
 
 
 def candidates() -> dict[str, Policy]:
-    """Every policy that evicts by a score of its own, then adakv on scores that do not compare by themselves."""
+    """Every policy that evicts by a score of its own, and variants."""
     names = [name for name in POLICIES if name not in ("full", "map", "evolved")]
     chosen = {name: get_policy(name) for name in names}
-    chosen |= {"adakv(knorm)": get_policy("adakv", base="knorm")}
     chosen |= {"hybrid, no bonus": get_policy("hybrid", bonus=0.0), "evolved": get_policy("evolved")}
     return chosen
 
