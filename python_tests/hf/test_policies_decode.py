@@ -105,7 +105,7 @@ def test_assisted_decoding_runs_with_a_policy_that_accumulates():
     ids, mask = prompts(1, 100)
     ids, mask = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.5, policy="layer_aware", window=32)
+        cache = SmartKVCache(model.config, budget=0.4, policy="layer_aware", window=32)
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=60, do_sample=False, past_key_values=cache,
             prompt_lookup_num_tokens=4,

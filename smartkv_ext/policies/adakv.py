@@ -22,8 +22,8 @@ class AdaKV(Policy):
     the layer's budget B goes to the highest scores wherever they are. Tokens count as bytes: the floor is what that
     share of an even split would hold at the lowest tier.
 
-    Policies whose scores compare across heads (``compares_heads``: attention, cosines) share a layer's budget by
-    themselves, with floor 0; this one does so for any score, and adds the floor.
+    Policies that say so (``compares_heads``) share a layer's budget by themselves, with floor 0; this one does so for
+    any score, and adds the floor.
 
     Args:
         base: a policy, its name, or its specification.
