@@ -32,7 +32,9 @@ def held_bytes(cache):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("policy", ["keydiff", "snapkv", "knorm", "tova", "random", "streaming_llm"])
+@pytest.mark.parametrize(
+    "policy", ["keydiff", "snapkv", "knorm", "tova", "random", "streaming_llm", "h2o", "layer_aware"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_budget_is_kept_and_accounting_is_exact(policy, dtype):
     """From 8 windows on, at prefill and at every decoded token."""
@@ -147,7 +149,7 @@ def test_load_refuses_what_it_cannot_trust(tmp_path):
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="damaged"):
         SmartKVCache.load(path, model.config)
-    newer = re.sub(rb'(format_version\\": )1', rb"\g<1>9", data)
+    newer = re.sub(rb'(\{\\"format_version\\": )2', rb"\g<1>9", data)
     assert newer != data
     path.write_bytes(newer)
     with pytest.raises(ValueError, match="format_version 9"):

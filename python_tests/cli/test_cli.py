@@ -17,6 +17,7 @@ from smartkv_ext.cli.errors import CliError
 from smartkv_ext.cli.models import load_model
 from smartkv_ext.cli.prompt import build_prompt
 from smartkv_ext.cli.smollm2 import ensure
+from smartkv_ext.policies import POLICIES
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -52,6 +53,24 @@ def test_full_answer_is_greedy_generate(folder, document):
     out = model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     expected = out.tolist()
     assert found == (expected[: expected.index(0)] if 0 in expected else expected)
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full"}))
+def test_every_policy_answers_within_its_budget(folder, document, policy):
+    done = ask(folder, document, "--policy", policy, "--budget", "0.25", "--max-new-tokens", "80", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])["smartkv"]["after_answer"]
+    assert result["ratio"] <= 0.25 and result["tokens_per_tier"]["evicted"] > 50
+
+
+def test_a_policy_may_be_a_file(folder, document, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("default: h2o\nrules:\n- {layers: 0, policy: {name: streaming_llm, recent: 20}, share: 0}\n")
+    done = ask(folder, document, "--policy", path, "--budget", "0.25", "--max-new-tokens", "4", "--json")
+    assert done.exit_code == 0, done.output
+    path.write_text("default: h2o\nrules:\n- {layers: 9, policy: knorm}\n")
+    done = ask(folder, document, "--policy", path)
+    assert done.exit_code == 2 and "layers must be below 2 for this model; got 9" in " ".join(done.stderr.split())
 
 
 def test_document_from_stdin(folder):

@@ -1,41 +1,13 @@
 """Every policy against an independent dense computation, with padding that holds NaN."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from policies.views import attention, make_records, make_view, valid
 
-from smartkv_ext.policies import POLICIES, Policy, TokenView, get_policy
-
-
-def make_view(n=40, q_len=32, batch=2, heads=2, groups=3, seed=0, state=None, start=0):
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(batch, heads, n, 64, generator=generator)
-    positions = torch.arange(start, start + n, dtype=torch.int32).repeat(batch, 1)
-    positions[1, :5] = -1
-    keys[1, :, :5] = torch.nan
-    return TokenView(
-        layer_idx=1, num_layers=4, keys=keys, values=torch.randn(batch, heads, n, 64, generator=generator),
-        pre_rope_keys=None, positions=positions,
-        queries=torch.randn(batch, heads * groups, q_len, 64, generator=generator) if q_len else None,
-        lse=None, q_start=start + n - q_len, softmax_scale=0.125, sliding_window=0, head_offset=0,
-        state={} if state is None else state,
-    )  # fmt: skip
-
-
-def valid(view):
-    return (view.positions >= 0)[:, None].expand(view.keys.shape[:3])
-
-
-def attention(view, queries):
-    """(batch, num_heads, q, n) probabilities of the newest queries, by the textbook."""
-    q = view.queries[:, :, -queries:]
-    groups = q.shape[1] // view.keys.shape[1]
-    keys = torch.nan_to_num(view.keys).repeat_interleave(groups, 1)
-    scores = q @ keys.transpose(2, 3) * view.softmax_scale
-    where = torch.arange(view.q_start + view.queries.shape[2] - queries, view.q_start + view.queries.shape[2])
-    allowed = (view.positions[:, None, None] >= 0) & (view.positions[:, None, None] <= where[:, None])
-    return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+from smartkv_ext.policies import POLICIES, Policy, get_policy
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -45,7 +17,7 @@ def test_shape_dtype_and_no_contamination(name):
     policy = get_policy(name)
     scores = policy.score(view)
     assert scores.shape == view.keys.shape[:3] and scores.dtype == torch.float32
-    assert torch.isfinite(scores[valid(view)]).all()
+    assert not scores[valid(view)].isnan().any() and (scores[valid(view)] > -torch.inf).all()
     clean = make_view()
     clean.keys[1, :, :5] = 7.0
     assert torch.equal(policy.score(clean)[valid(view)], scores[valid(view)])
@@ -79,8 +51,20 @@ def test_snapkv():
     mass = attention(view, 32).unflatten(1, (2, 3)).sum((2, 3)) / 32
     expected = torch.nn.functional.max_pool1d(mass, 5, 1, 2)
     assert torch.allclose(get_policy("snapkv").score(view)[valid(view)], expected[valid(view)], atol=1e-6)
-    old, seen = torch.tensor([1.0, 0.1]), torch.tensor([8.0, 8.0])
-    assert torch.allclose(get_policy("snapkv").refresh(old, seen, 16), torch.tensor([0.9, 0.5]))
+    records = make_records(stored=torch.tensor([1.0, 0.1]), mass=torch.tensor([8.0, 8.0]), num_queries=16)
+    assert torch.allclose(get_policy("snapkv").refresh(records), torch.tensor([0.9, 0.5]))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12, 30])
+def test_pyramidkv_is_snapkv_with_an_arithmetic_sequence_of_budgets(layers):
+    policy = get_policy("pyramidkv", beta=20)
+    shares = torch.tensor([policy.layer_share(i, layers, 8) for i in range(layers)])
+    assert torch.isclose(shares.mean(), torch.tensor(1.0))
+    if layers > 1:
+        assert torch.allclose(shares[-1], torch.tensor(1 / 20)) and torch.allclose(shares.diff(), shares.diff()[:1])
+    assert torch.equal(policy.score(make_view())[0], get_policy("snapkv").score(make_view())[0])
+    with pytest.raises(ValueError, match=r"beta must be at least 1; got 0\.5"):
+        get_policy("pyramidkv", beta=0.5)
 
 
 def test_tova_uses_the_last_query_and_the_mean_of_all_heads():
@@ -95,6 +79,16 @@ def test_tova_uses_the_last_query_and_the_mean_of_all_heads():
 def test_recency_policies_prefer_newer_tokens(name):
     scores = get_policy(name).score(make_view())[0, 0]
     assert (scores.diff() > 0).all()
+
+
+def test_streaming_heads_forget_all_but_the_newest():
+    policy = get_policy("streaming_llm", recent=12)
+    scores = policy.score(make_view())[0, 0]
+    assert torch.equal(scores > -torch.inf, torch.arange(40) >= 28)
+    records = make_records(seen=60)
+    assert torch.equal(policy.refresh(records) > -torch.inf, records.positions >= 48)
+    with pytest.raises(ValueError, match="recent must be at least 1"):
+        get_policy("streaming_llm", recent=0)
 
 
 def test_random_depends_on_seed_layer_head_and_position_alone():
@@ -118,9 +112,17 @@ def test_registry():
     assert isinstance(get_policy("snapkv", kernel_size=7), Policy)
     policy = get_policy("knorm")
     assert get_policy(policy) is policy
-    with pytest.raises(ValueError, match="policy must be one of full, keydiff, knorm, random"):
+    with pytest.raises(ValueError, match="policy must be one of adakv, evolved, expected_attention, full, h2o"):
         get_policy("magic")
     with pytest.raises(TypeError, match="policy must be a name or a Policy; got int"):
         get_policy(3)
     with pytest.raises(TypeError):
         get_policy("knorm", bananas=1)
+    with pytest.raises(ValueError, match="a policy must be a name or"):
+        get_policy({"policy": "knorm"})
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_specification_is_plain_json_and_gives_the_same_policy(name):
+    policy = get_policy(name)
+    assert get_policy(json.loads(json.dumps(policy.spec()))) == policy

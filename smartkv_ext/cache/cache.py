@@ -15,7 +15,7 @@ from smartkv_ext.reference.layout import BITS
 
 from . import serialize
 from .compress import compress
-from .config import CacheConfig, ModelGeometry
+from .config import CacheConfig, ModelGeometry, inverse_frequencies
 from .layer import SmartKVLayer
 from .report import CacheReport, report
 
@@ -28,7 +28,8 @@ class SmartKVCache(Cache):
         budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the tokens
             seen so far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the
             highest tier.
-        policy: name or instance of a policy (``smartkv_ext.policies``): which tokens matter.
+        policy: which tokens matter: a policy (``smartkv_ext.policies``), its name, or a JSON or YAML file that says
+            more.
         tiers: bit widths that packed tokens may have, of 2, 3, 4, 8 and 16; 16 is the model's own dtype.
         sinks: first tokens of each sequence, never packed.
         window: newest tokens, never packed. It shrinks where it would take more than half of the budget.
@@ -59,8 +60,9 @@ class SmartKVCache(Cache):
         precision: str = "auto",
     ) -> None:
         self.smartkv_config = CacheConfig.create(
-            ModelGeometry.from_config(config), budget=budget, policy=policy, tiers=tiers, sinks=sinks, window=window,
-            scope=scope, levels=levels, mean_shift=mean_shift, precision=precision,
+            ModelGeometry.from_config(config), inverse_frequencies(config), budget=budget, policy=policy, tiers=tiers,
+            sinks=sinks, window=window, scope=scope, levels=levels, mean_shift=mean_shift,
+            precision=precision,
         )  # fmt: skip
         super().__init__(
             layers=[SmartKVLayer(self.smartkv_config, i) for i in range(self.smartkv_config.geometry.num_layers)]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from smartkv_ext import ops
-from smartkv_ext.policies import TokenView
+from smartkv_ext.policies import RecordView, TokenView
 from smartkv_ext.reference.layout import PAGE_SIZE
 
 from .config import UNLIMITED
 from .layer import SmartKVLayer
+from .meter import RECEIVED, RECENT, page_meter_bytes
 
 EVICT_NEVER = (
     1e6  # distortion of losing a token under a policy that keeps all: a first page always wins over a better tier
@@ -25,6 +26,7 @@ class _Candidates:
     scores: (
         torch.Tensor
     )  # (batch, num_kv_heads, n) float32, -inf: gone (empty slot, padding, out of the sliding window)
+    carried: torch.Tensor  # (batch, num_kv_heads, outside) float32: what leaving tokens carry if they are packed
     positions: torch.Tensor  # (batch, num_kv_heads, n) int32
     current: torch.Tensor  # (batch, num_kv_heads, n) int8, as for ops.select_kv
     outside: int  # how many of the n are leaving tokens: the last ones
@@ -57,37 +59,20 @@ def _collect(layer: SmartKVLayer, window: int, softmax_scale: float) -> _Candida
     outside, sink = layer.window.leaving(window, layer.config.num_sinks)
     if layer.store.is_empty and layer.config.quant.mean_shift:
         layer.store.k_mean = _mean_key(layer)
-    positions = layer.window.held_positions()
-    old_scores, old_positions = layer.store.scores(), layer.store.positions()
-    lse = None
-    if policy.prefill_queries and layer.queries is not None and not layer.store.is_empty:
-        _, lse, mass, _ = layer.attend(layer.queries, softmax_scale, return_mass=True)
-        fresh = policy.refresh(old_scores.flatten(2), mass.flatten(2), layer.queries.shape[2])
-        old_scores = torch.where(old_positions >= 0, fresh.view_as(old_scores), -torch.inf)
-        layer.store.write_scores(old_scores)
-    view = TokenView(
-        layer_idx=layer.layer_idx,
-        num_layers=layer.config.geometry.num_layers,
-        keys=layer.window.held("k"),
-        values=layer.window.held("v"),
-        pre_rope_keys=layer.window.held("pre_rope") if policy.needs_pre_rope_keys else None,
-        positions=positions,
-        queries=layer.queries,
-        lse=lse,
-        q_start=layer.seen - (0 if layer.queries is None else layer.queries.shape[2]),
-        softmax_scale=softmax_scale,
-        sliding_window=layer.sliding_window,
-        head_offset=layer.head_offset,
-        state=layer.state,
-    )
-    scores = policy.score(view)[:, :, :outside].float()
+    positions, old_positions = layer.window.held_positions(), layer.store.positions()
+    old_scores, lse = _refresh(layer, softmax_scale)
+    view = _token_view(layer, softmax_scale, lse)
+    everything = policy.score(view).float()
+    scores = everything[:, :, :outside]
+    carried = policy.carried(everything, view.received, layer.layer_idx, layer.head_offset)[:, :, :outside]
     gone = (positions[:, :outside] < 0) | sink
     if layer.sliding_window:
         horizon = layer.seen - layer.sliding_window  # the next query sees positions above this
         layer.lost_until = max(layer.lost_until, horizon)
         gone = gone | (positions[:, :outside] <= horizon)
         old_scores = old_scores.masked_fill(old_positions <= horizon, -torch.inf)
-    scores = scores.nan_to_num(nan=-torch.finfo(torch.float32).max).masked_fill(gone[:, None], -torch.inf)
+    largest = torch.finfo(torch.float32).max
+    scores = scores.nan_to_num(nan=-largest, posinf=largest, neginf=-torch.inf).masked_fill(gone[:, None], -torch.inf)
 
     shape = old_scores.shape
     tier = torch.arange(shape[2], dtype=torch.int8, device=scores.device)[:, None].expand(shape).flatten(2)
@@ -96,10 +81,71 @@ def _collect(layer: SmartKVLayer, window: int, softmax_scale: float) -> _Candida
     all_scores = torch.cat([old_scores.flatten(2), scores], 2)
     return _Candidates(
         scores=all_scores,
+        carried=carried,
         positions=torch.cat([old_positions.flatten(2), positions[:, None, :outside].expand_as(scores)], 2),
         current=torch.where(all_scores == -torch.inf, -1, current).to(torch.int8),
         outside=outside,
         sink=sink,
+    )
+
+
+def _refresh(layer: SmartKVLayer, softmax_scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What packed records are worth now (batch, num_kv_heads, num_tiers, slots), -inf in empty slots; and the
+    log-sum-exp of the remembered queries over all tokens. Writes what the records carry on.
+    """
+    policy, store, meter = layer.config.policy, layer.store, layer.meter
+    stored, positions = store.scores(), store.positions()
+    if store.is_empty:
+        return stored, None
+    lse, mass = None, None
+    if policy.prefill_queries and layer.queries is not None:
+        _, lse, mass, _ = layer.attend(layer.queries, softmax_scale, return_mass=True)
+        mass = mass.flatten(2)
+    received = layer.received_by_records() if meter.names else None
+    recent = meter.spread(RECENT, store) * layer.recent_scale() if RECENT in meter.names else None
+    records = RecordView(
+        layer_idx=layer.layer_idx,
+        num_layers=layer.config.geometry.num_layers,
+        stored=stored.flatten(2),
+        received=None if received is None else received.flatten(2),
+        recent=None if recent is None else recent.flatten(2),
+        mass=mass,
+        num_queries=0 if layer.queries is None else layer.queries.shape[2],
+        positions=positions.flatten(2),
+        seen=layer.seen,
+        row_tokens=layer.row_tokens,
+        head_offset=layer.head_offset,
+        key_norms=store.key_norms,
+        state=layer.state,
+    )
+    scores = policy.refresh(records).float()
+    if scores is not records.stored or meter.names:
+        carried = policy.carried(scores, records.received, layer.layer_idx, layer.head_offset)
+        store.write_scores(torch.where(positions >= 0, carried.view_as(stored), 0.0))
+    return torch.where(positions >= 0, scores.view_as(stored), -torch.inf), lse
+
+
+def _token_view(layer: SmartKVLayer, softmax_scale: float, lse: torch.Tensor | None) -> TokenView:
+    policy, window, inv_freq = layer.config.policy, layer.window, layer.config.inv_freq
+    names = layer.meter.names
+    return TokenView(
+        layer_idx=layer.layer_idx,
+        num_layers=layer.config.geometry.num_layers,
+        keys=window.held("k"),
+        values=window.held("v"),
+        pre_rope_keys=window.held("pre_rope") if policy.needs_pre_rope_keys else None,
+        positions=window.held_positions(),
+        queries=layer.queries,
+        lse=lse,
+        q_start=layer.seen - (0 if layer.queries is None else layer.queries.shape[2]),
+        softmax_scale=softmax_scale,
+        sliding_window=layer.sliding_window,
+        head_offset=layer.head_offset,
+        state=layer.state,
+        row_tokens=layer.row_tokens,
+        received=window.held(RECEIVED)[..., 0] if names else None,
+        recent=window.held(RECENT)[..., 0] * layer.recent_scale() if RECENT in names else None,
+        inv_freq=torch.tensor(inv_freq, device=layer.device) if inv_freq else None,
     )
 
 
@@ -119,21 +165,25 @@ def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     batch, heads, _, head_dim = layer.window.shape
     per_row = [config.layer_budget(int(n), batch, heads) for n in layer.row_tokens]
     itemsize = layer.dtype.itemsize
-    dense = (config.num_sinks + sum(size)) * (heads * head_dim * len(config.buffers) * itemsize + 4)
+    dense = (config.num_sinks + sum(size)) * (config.dense_token_bytes(heads, itemsize) + 4)
     fixed = heads * (head_dim * 4 + 4 * len(config.quant.tiers))  # mean keys and record counts
     fixed += sum(x.nbytes // batch for x in layer.state.values()) + 8  # and the count of row tokens
     if config.policy.decode_queries and layer.queries is not None:
         fixed += config.policy.decode_queries * layer.queries.shape[1] * head_dim * itemsize
     if per_row[0] >= UNLIMITED:
         return torch.full((batch,), UNLIMITED, dtype=torch.int64, device=layer.device)
-    rooms = [limit - dense - fixed for limit in per_row]
+    share = 1.0
+    if config.scope != "global":
+        share = config.policy.layer_share(layer.layer_idx, config.geometry.num_layers, config.geometry.num_kv_heads)
+    # Every layer has the same dense part; what a policy shares out unevenly is the room for pages.
+    rooms = [int(room * share) if room > 0 else room for room in (limit - dense - fixed for limit in per_row)]
     # All rows of a batch share the window's size: what a short row holds beyond its own share, the longer ones give up.
     spare, owed = sum(max(room, 0) for room in rooms), -sum(min(room, 0) for room in rooms)
     # The block table is as wide as the longest list: at worst one head has all pages, of the smallest tier.
-    columns = max(rooms) // store.layouts[0].page_bytes + 1
+    columns = max(rooms) // (store.layouts[0].page_bytes + page_meter_bytes(config.policy)) + 1
     table = 4 * batch * heads * len(config.quant.tiers) * max(columns, 0)
-    share = max(spare - owed - table, 0) / max(spare, 1)
-    budgets = [int(max(room, 0) * share) for room in rooms]
+    left = max(spare - owed - table, 0) / max(spare, 1)
+    budgets = [int(max(room, 0) * left) for room in rooms]
     return torch.tensor(budgets, dtype=torch.int64, device=layer.device)
 
 
@@ -143,7 +193,7 @@ def _select(layer: SmartKVLayer, scores: torch.Tensor, current: torch.Tensor, bu
     A policy that keeps every token gets an error where the budget would lose one.
     """
     policy, quant = layer.config.policy, layer.config.quant
-    page_bytes = [x.page_bytes for x in layer.store.layouts]
+    page_bytes = [x.page_bytes + page_meter_bytes(policy) for x in layer.store.layouts]
     evict_distortion = 1.0 if policy.evicts else EVICT_NEVER
     tiers = ops.select_kv(scores, current, budgets, page_bytes, quant.distortion, evict_distortion)
     if not policy.evicts and bool(((tiers < 0) & (current >= 0)).any()):
@@ -164,11 +214,25 @@ def _decide_per_head(layer: SmartKVLayer, found: _Candidates, size: tuple[int, i
     order = found.positions.argsort(dim=-1, stable=True)  # so that ties go to the newer token
     scores, current = found.scores.gather(-1, order), found.current.gather(-1, order)
     budgets = _page_budget(layer, size)
-    if not layer.config.policy.compares_heads:
+    policy = layer.config.policy
+    if not policy.compares_heads:
+        keeping = (current >= 0).any(-1)  # a head that asks for nothing leaves its bytes to the others
+        budgets = (budgets // keeping.sum(1).clamp(min=1)).repeat_interleave(heads)
         scores, current = scores.flatten(0, 1)[:, None], current.flatten(0, 1)[:, None]
-        budgets = (budgets // heads).repeat_interleave(heads)
+    elif policy.head_floor:
+        page_bytes = layer.store.layouts[0].page_bytes + page_meter_bytes(policy)
+        sure = policy.head_floor * PAGE_SIZE * (budgets // heads // page_bytes)
+        scores = _with_floor(scores, sure)
     tiers = _select(layer, scores, current, budgets).view(shape)
     return torch.empty_like(found.current).scatter_(-1, order, tiers)
+
+
+def _with_floor(scores: torch.Tensor, sure: torch.Tensor) -> torch.Tensor:
+    """Ranks of ``scores`` (batch, heads, n) over all heads, with the best ``sure`` (batch,) of every head above all."""
+    place = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    rank = scores.flatten(1).argsort(dim=-1, stable=True).argsort(-1).view_as(scores).float()
+    rank = rank + torch.where(place < sure[:, None, None], float(scores[0].numel()), 0.0)
+    return rank.masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def _decide_shared(
@@ -217,7 +281,7 @@ def _apply(layer: SmartKVLayer, found: _Candidates, tiers: torch.Tensor, size: t
             "k": layer.window.held("k")[:, :, : found.outside],
             "v": layer.window.held("v")[:, :, : found.outside],
             "positions": found.positions[:, :, slots:].contiguous(),
-            "scores": found.scores[:, :, slots:].contiguous(),
+            "scores": found.carried.contiguous(),
             "tiers": tiers[:, :, slots:].contiguous(),
         }
     if changed or new:
@@ -226,6 +290,7 @@ def _apply(layer: SmartKVLayer, found: _Candidates, tiers: torch.Tensor, size: t
     layer.capacity = num_sinks + sum(size)
     if found.outside:
         layer.window.drop(found.outside, found.sink, num_sinks, layer.capacity)
+    layer.after_packing()
     if layer.queries is not None:
         keep = layer.config.policy.decode_queries
         layer.queries = layer.queries[:, :, -keep:].clone() if keep else None

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smartkv_ext.policies import Policy, get_policy
 from smartkv_ext.quant import Budget, QuantSpec, parse_budget
 from smartkv_ext.reference.layout import HEAD_DIMS, PAGE_SIZE
+
+from .meter import meter_names
 
 SCOPES = ("head", "layer", "global")
 PRECISIONS = ("auto", "fp32", "int16", "int8")
@@ -55,6 +58,18 @@ class ModelGeometry:
         )
 
 
+def inverse_frequencies(config: Any) -> tuple[float, ...]:
+    """RoPE angle per position of each channel pair, from a transformers config; empty where it names no RoPE."""
+    config = config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" not in parameters:
+        return ()
+    if parameters["rope_type"] != "default":
+        return tuple(ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)[0].tolist())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return tuple(parameters["rope_theta"] ** (-i / head_dim) for i in range(0, head_dim, 2))
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """Checked arguments of SmartKVCache."""
@@ -67,11 +82,12 @@ class CacheConfig:
     scope: str
     precision: str
     geometry: ModelGeometry
+    inv_freq: tuple[float, ...] = ()  # RoPE angles per position of the channel pairs, for policies that look ahead
 
     @classmethod
     def create(
-        cls, geometry: ModelGeometry, *, budget: float | str | Budget | None, policy: str | Policy,
-        tiers: Sequence[int], sinks: int, window: int, scope: str, levels: str, mean_shift: bool,
+        cls, geometry: ModelGeometry, inv_freq: tuple[float, ...], *, budget: float | str | Budget | None,
+        policy: str | Policy, tiers: Sequence[int], sinks: int, window: int, scope: str, levels: str, mean_shift: bool,
         precision: str,
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
@@ -85,6 +101,7 @@ class CacheConfig:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
         policy = get_policy(policy)
+        policy.check(geometry.num_layers, geometry.num_kv_heads)
         if scope == "global" and len(set(geometry.sliding_windows)) > 1:
             raise ValueError(
                 "scope must be head or layer for a model that mixes full and sliding attention; got 'global'"
@@ -98,9 +115,15 @@ class CacheConfig:
             scope=scope,
             precision=precision,
             geometry=geometry,
+            inv_freq=inv_freq,
         )
         config.check_budget(torch.bfloat16.itemsize, batch=1)
         return config
+
+    def dense_token_bytes(self, num_kv_heads: int, itemsize: int) -> int:
+        """Bytes of a token in the dense window of one layer, its position aside."""
+        per_head = self.geometry.head_dim * len(self.buffers) * itemsize + 4 * len(meter_names(self.policy))
+        return num_kv_heads * per_head
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -116,7 +139,7 @@ class CacheConfig:
         """Raise ValueError if the budget can never hold sinks and the smallest window of ``batch`` sequences."""
         g = self.geometry
         dense = self.num_sinks + min(self.window, MIN_WINDOW) + MIN_BLOCK
-        per_token = g.num_layers * g.num_kv_heads * g.head_dim * len(self.buffers) * itemsize
+        per_token = g.num_layers * self.dense_token_bytes(g.num_kv_heads, itemsize)
         need = batch * (dense * per_token + g.num_layers * g.num_kv_heads * g.head_dim * 4)
         limit = self.budget.num_bytes
         if self.budget.fraction is not None and g.max_positions:
@@ -146,7 +169,7 @@ class CacheConfig:
         The window shrinks, down to MIN_WINDOW, where sinks, window and block would take more than DENSE_SHARE of the
         bytes.
         """
-        per_token = num_kv_heads * self.geometry.head_dim * len(self.buffers) * itemsize + 4
+        per_token = self.dense_token_bytes(num_kv_heads, itemsize) + 4
         room = int(DENSE_SHARE * layer_budget) // per_token - self.num_sinks
         window = min(self.window, max(MIN_WINDOW, room * 2 // 3))
         return window, min(MAX_BLOCK, max(MIN_BLOCK, window // 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from smartkv_ext import ops
 
 from .config import CacheConfig
+from .meter import RECEIVED, RECENT, AttentionMeter, meter_names
 from .store import PagedStore
 from .window import DenseWindow
 
@@ -24,6 +26,7 @@ class SmartKVLayer(CacheLayerMixin):
     # Absent until the first keys tell their shape (is_initialized).
     window: DenseWindow
     store: PagedStore
+    meter: AttentionMeter
     row_tokens: torch.Tensor  # (batch,) int64: tokens that are not padding
 
     def __init__(self, config: CacheConfig, layer_idx: int) -> None:
@@ -36,13 +39,14 @@ class SmartKVLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self.seen = 0  # logical length: every token ever given, padding included
-        for name in ("window", "store", "row_tokens"):
+        for name in ("window", "store", "meter", "row_tokens"):
             self.__dict__.pop(name, None)
         self.state: dict[str, torch.Tensor] = {}  # of the policy
         self.queries: torch.Tensor | None = None  # newest queries, for policies that ask for them
         self.head_offset = 0
         self.capacity = 0
         self.softmax_scale = 0.0
+        self.recent_count = 0  # queries behind the meter's "recent" sums
         self.recording = False  # lossy steps wait until crop() commits (assisted decoding)
         self.uncommitted = False  # while recording: a forward that no crop() has followed yet
         self.lost_until = -1  # positions up to here have left the sliding window and are gone
@@ -61,8 +65,10 @@ class SmartKVLayer(CacheLayerMixin):
         window, block = self.config.dense_sizes(budget, heads, self.dtype.itemsize)
         self.capacity = self.config.num_sinks + window + block  # slots in use at which the oldest are packed
         shape = (batch, heads, self.capacity, head_dim)
-        self.window = DenseWindow(self.config.buffers, shape, self.dtype, self.device)
+        sums = meter_names(self.config.policy)
+        self.window = DenseWindow(self.config.buffers, shape, self.dtype, self.device, sums)
         self.store = PagedStore(self.config.quant, batch, heads, head_dim, self.dtype, self.device)
+        self.meter = AttentionMeter(self.config.policy, self.store)
         self.row_tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
@@ -149,8 +155,10 @@ class SmartKVLayer(CacheLayerMixin):
         if not self.store.is_empty:
             packed = self.store.positions()
             if bool((packed >= new).any()):
+                self._settle_meter()  # closing holes moves records away from their sums
                 tiers = torch.arange(packed.shape[2], dtype=torch.int8, device=self.device)
                 self.store.update(torch.where(packed < new, tiers[:, None], -1).to(torch.int8), None)
+                self.meter.restart(self.store)
         if self.queries is not None:
             self.queries = self.queries[:, :, : max(self.queries.shape[2] - (self.seen - new), 0)]
         self.seen = new
@@ -176,7 +184,7 @@ class SmartKVLayer(CacheLayerMixin):
         if torch.equal(index, torch.arange(self.batch_size, device=self.device)):
             return
         self.window.index_select(index)
-        self.store.index_select(index)
+        self.meter.index_select(index, self.store)
         self.row_tokens = self.row_tokens.index_select(0, index)
         self.state = {name: x.index_select(0, index) for name, x in self.state.items()}
         if self.queries is not None:
@@ -219,24 +227,92 @@ class SmartKVLayer(CacheLayerMixin):
         self.row_tokens += k.shape[2] if valid is None else valid.sum(1)
 
     def attend(
-        self, q: torch.Tensor, softmax_scale: float, return_mass: bool = False
+        self, q: torch.Tensor, softmax_scale: float, return_mass: bool = False, q_start: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Attention of the newest q_len queries over everything held; see ops.decode_attention for the results."""
+        """Attention of q_len queries (default: the newest) over everything held; see ops.decode_attention."""
         window, store = self.window, self.store
+        q_start = self.seen - q.shape[2] if q_start is None else q_start
         return ops.decode_attention(
             q, store.pools, store.block_table, store.cache_seqlens, store.k_mean,
             window.held("k"), window.held("v"), window.held_positions(),
-            self.seen - q.shape[2], self.config.quant.tiers, self.config.quant.levels, softmax_scale,
+            q_start, self.config.quant.tiers, self.config.quant.levels, softmax_scale,
             self.sliding_window, return_mass, self.config.precision,
         )  # fmt: skip
 
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
         policy = self.config.policy
-        keep = policy.prefill_queries if q.shape[2] >= policy.prefill_queries else policy.decode_queries
+        keep = policy.decode_queries
+        if self.is_due():  # packing lets go of all but ``decode_queries`` of them
+            keep = max(keep, min(q.shape[2], policy.prefill_queries))
         if keep:
             past = q if self.queries is None else torch.cat([self.queries, q], 2)
             self.queries = past[:, :, -keep:].clone()
+
+    def attend_new(self, q: torch.Tensor, softmax_scale: float) -> torch.Tensor:
+        """(batch, num_heads, q_len, head_dim) attention of the newest queries; measured if the policy accumulates."""
+        if not self.meter.names:
+            return self.attend(q, softmax_scale)[0]
+        out = []
+        for part, q_start, names in self._measured_parts(q):
+            o, _, mass, window_mass = self.attend(part, softmax_scale, True, q_start)
+            out.append(o)
+            for name in names:
+                self.meter.add(name, mass, self.store)
+                self.window.held(name)[..., 0] += window_mass
+        return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+    def measure_prefill(self, q: torch.Tensor, softmax_scale: float) -> None:
+        """What attend_new measures, for the first tokens, whose attention another function has computed."""
+        for part, q_start, names in self._measured_parts(q) if self.meter.names else ():
+            keys, positions = self.window.held("k"), self.window.held_positions()
+            mass = ops.attention_mass(part, keys, positions, q_start, softmax_scale, self.sliding_window)
+            for name in names:
+                self.window.held(name)[..., 0] += mass
+
+    def _measured_parts(self, q: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, tuple[str, ...]]]:
+        """(queries, position of the first, sums that they count in): "recent" takes the last ``recent_queries`` before
+        the next packing, which is due when the window has ``capacity`` tokens.
+        """
+        q_len, most = q.shape[2], self.config.policy.recent_queries
+        until_due = max(self.capacity - self.window.used, 0)
+        newest = min(max(most - until_due, 0), q_len)
+        start = self.seen - q_len
+        if newest < q_len:
+            yield q[:, :, : q_len - newest], start, (RECEIVED,)
+        if newest:
+            if newest == most:
+                self._forget_recent()
+            self.recent_count += newest
+            yield q[:, :, q_len - newest :], start + q_len - newest, (RECEIVED, RECENT)
+
+    def _forget_recent(self) -> None:
+        self.recent_count = 0
+        if RECENT in self.meter.names:
+            self.window.buffers[RECENT].zero_()
+            self.meter.sums[RECENT].zero_()
+
+    def recent_scale(self) -> float:
+        """What a "recent" sum must be multiplied by to stand for ``recent_queries`` queries."""
+        return self.config.policy.recent_queries / max(self.recent_count, 1)
+
+    def received_by_records(self) -> torch.Tensor:
+        """(batch, num_kv_heads, num_tiers, slots) what records carry, and the attention received since."""
+        return self.store.scores() + self.meter.spread(RECEIVED, self.store)
+
+    def _settle_meter(self) -> None:
+        """Let records carry what they have received."""
+        if not self.meter.names:
+            return
+        stored, received = self.store.scores().flatten(2), self.received_by_records().flatten(2)
+        carried = self.config.policy.carried(stored, received, self.layer_idx, self.head_offset)
+        self.store.write_scores(carried.view_as(self.store.scores()))
+        self._forget_recent()
+
+    def after_packing(self) -> None:
+        """Start to measure anew: the records carry what they had received."""
+        self._forget_recent()
+        self.meter.restart(self.store)
 
     def is_due(self) -> bool:
         """True when enough tokens have gathered beyond the window to be packed."""

@@ -59,6 +59,7 @@ def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
         "lengths": store.cache_seqlens.nbytes + layer.row_tokens.nbytes,
         "means": store.k_mean.nbytes,
         "policy state": sum(x.nbytes for x in layer.state.values())
+        + layer.meter.nbytes
         + (0 if layer.queries is None else layer.queries.nbytes),
     }
     records = store.cache_seqlens.sum((0, 1)).tolist()

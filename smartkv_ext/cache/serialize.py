@@ -17,6 +17,7 @@ from smartkv_ext.quant import Budget, QuantSpec
 from smartkv_ext.reference.layout import PAGE_FORMAT_VERSION
 
 from .config import CacheConfig, ModelGeometry
+from .meter import AttentionMeter
 from .store import PagedStore
 from .window import DenseWindow
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from .cache import SmartKVCache
     from .layer import SmartKVLayer
 
-FORMAT_VERSION = 1
-_LAYER_FIELDS = ("seen", "head_offset", "capacity", "recording", "uncommitted", "lost_until", "softmax_scale")
+FORMAT_VERSION = 2
+_LAYER_FIELDS = (
+    "seen", "head_offset", "capacity", "recording", "uncommitted", "lost_until", "softmax_scale", "recent_count",
+)  # fmt: skip
 
 
 def save(cache: SmartKVCache, path: Path) -> None:
@@ -38,7 +41,7 @@ def save(cache: SmartKVCache, path: Path) -> None:
         "page_format_version": PAGE_FORMAT_VERSION,
         "geometry": dataclasses.asdict(config.geometry),
         "budget": dataclasses.asdict(config.budget),
-        "policy": {"name": config.policy.name, **dataclasses.asdict(config.policy)},
+        "policy": config.policy.spec(),
         "quant": dataclasses.asdict(config.quant),
         "num_sinks": config.num_sinks,
         "window": config.window,
@@ -64,6 +67,7 @@ def _layer_tensors(layer: SmartKVLayer) -> dict[str, torch.Tensor]:
         return {}
     tensors = layer.window.tensors() | layer.store.tensors() | {"row_tokens": layer.row_tokens}
     tensors |= {f"state.{name}": x for name, x in layer.state.items()}
+    tensors |= {f"meter.{name}": x for name, x in layer.meter.sums.items()}
     return tensors if layer.queries is None else tensors | {"queries": layer.queries}
 
 
@@ -89,17 +93,17 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
     if ModelGeometry(**saved) != geometry:
         raise ValueError(f"{path} belongs to another model: it holds {ModelGeometry(**saved)}, config is {geometry}")
     cache = cls(config, budget=None)
-    policy = dict(header["policy"])
     quant = header["quant"] | {"tiers": tuple(header["quant"]["tiers"])}
     cache.smartkv_config = CacheConfig(
         budget=Budget(**header["budget"]),
-        policy=get_policy(policy.pop("name"), **policy),
+        policy=get_policy(header["policy"]),
         quant=QuantSpec(**quant),
         num_sinks=header["num_sinks"],
         window=header["window"],
         scope=header["scope"],
         precision=header.get("precision", "auto"),
         geometry=geometry,
+        inv_freq=cache.smartkv_config.inv_freq,
     )
     for i, (layer, fields) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         layer.config = cache.smartkv_config
@@ -116,11 +120,13 @@ def _restore(layer: SmartKVLayer, fields: dict[str, Any], tensors: dict[str, tor
     batch, heads, _, head_dim = k.shape
     layer.dtype, layer.device = k.dtype, k.device
     layer.window = DenseWindow(layer.config.buffers, (batch, heads, 0, head_dim), k.dtype, k.device)
-    layer.window.buffers = {name: tensors[f"window.{name}"] for name in layer.config.buffers}
+    layer.window.buffers = {name[7:]: x for name, x in tensors.items() if name.startswith("window.")}
     layer.window.positions = tensors["window_positions"]
     layer.window.used, layer.window.sink_slots = fields["used"], fields["sink_slots"]
     layer.store = PagedStore(layer.config.quant, batch, heads, head_dim, k.dtype, k.device)
     layer.store.load_tensors(tensors)
+    layer.meter = AttentionMeter(layer.config.policy, layer.store)
+    layer.meter.sums = {name: tensors[f"meter.{name}"] for name in layer.meter.names}
     layer.row_tokens, layer.queries = tensors["row_tokens"], tensors.get("queries")
     layer.state = {name[6:]: x for name, x in tensors.items() if name.startswith("state.")}
     layer.is_initialized = True

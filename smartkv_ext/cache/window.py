@@ -11,13 +11,16 @@ class DenseWindow:
     order.
 
     ``buffers`` are (batch, num_kv_heads, capacity, head_dim) tensors by name: "k", "v" and, for policies that score it,
-    "pre_rope" (the key before its rotation).
+    "pre_rope" (the key before its rotation). ``sums`` are further buffers (batch, num_kv_heads, capacity, 1) float32,
+    which start at 0 for every token.
     """
 
     def __init__(
-        self, names: tuple[str, ...], shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, names: tuple[str, ...], shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device,
+        sums: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.buffers = {name: torch.empty(shape, dtype=dtype, device=device) for name in names}
+        self.buffers |= {name: torch.zeros(*shape[:3], 1, device=device) for name in sums}
         self.positions = torch.full((shape[0], shape[2]), -1, dtype=torch.int32, device=device)
         self.used = 0
         self.sink_slots = 0
@@ -42,7 +45,7 @@ class DenseWindow:
         if end > self.shape[2]:
             self._resize(end)
         for name, buffer in self.buffers.items():
-            buffer[:, :, begin:end] = new[name]
+            buffer[:, :, begin:end] = new.get(name, 0.0)
         if q_len == 1 and valid is None:
             self.positions[:, begin].fill_(start)
         else:

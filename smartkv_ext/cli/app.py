@@ -22,7 +22,9 @@ Model = Annotated[str, typer.Option(help='"smollm2" (embedded), a model folder, 
 Budget = Annotated[
     str, typer.Option(help='What the cache may hold: a fraction of the full bf16 cache, "64MB", "4bits", or "none".')
 ]
-PolicyName = Annotated[str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`.")]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`; or a JSON or YAML file.")
+]
 Tiers = Annotated[str, typer.Option(help="Bits that packed tokens may have, of 2, 3, 4, 8, 16.")]
 Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
 Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]

@@ -101,8 +101,9 @@ def _cached(
         layer.remember_queries(query)
         if start == 0 and q_len > 1:
             out = _prefill(module, query, key, value, valid, scaling, layer.sliding_window, **kwargs)
+            layer.measure_prefill(query, scaling)
         else:
-            out = layer.attend(query, scaling)[0].transpose(1, 2)
+            out = layer.attend_new(query, scaling).transpose(1, 2)
         cache.after_attention(layer_idx, scaling)
     except Exception:
         cache.rollback(start)  # a failed step leaves the cache as it was

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .attention import TOVA, SnapKV
-from .base import Policy, TokenView
+from .adakv import AdaKV
+from .attention import TOVA, PyramidKV, SnapKV
+from .base import Policy, RecordView, TokenView
+from .cumulative import H2O, Evolved, Hybrid, LayerAware
+from .expected import ExpectedAttention
 from .keys import KeyDiff, Knorm
+from .map import PolicyMap
 from .position import Full, Random, SlidingWindow, StreamingLLM
+from .registry import POLICIES, get_policy
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, SlidingWindow, StreamingLLM, Knorm, KeyDiff, SnapKV, TOVA, Random)
-}
+POLICIES |= {
+    policy.name: policy
+    for policy in (
+        Full, SlidingWindow, StreamingLLM, Knorm, KeyDiff, SnapKV, PyramidKV, TOVA, H2O, ExpectedAttention, Hybrid,
+        LayerAware, Evolved, AdaKV, PolicyMap, Random,
+    )
+}  # fmt: skip
 
-__all__ = ["POLICIES", "Policy", "TokenView", "get_policy"]
-
-
-def get_policy(policy: str | Policy, **options: Any) -> Policy:
-    """An instance as it is, or a new one by name with its options.
-
-    Raises ValueError for an unknown name, TypeError for anything else or for an option that the policy does not have.
-    """
-    if isinstance(policy, Policy):
-        return policy
-    if not isinstance(policy, str):
-        raise TypeError(f"policy must be a name or a Policy; got {type(policy).__name__}")
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(sorted(POLICIES))}; got {policy!r}")
-    return POLICIES[policy](**options)
+__all__ = ["POLICIES", "Policy", "RecordView", "TokenView", "get_policy"]

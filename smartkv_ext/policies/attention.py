@@ -1,4 +1,4 @@
-"""Policies that look at the attention that the newest queries pay: snapkv, tova."""
+"""Policies that look at the attention that the newest queries pay: snapkv, pyramidkv, tova."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from smartkv_ext import ops
 
-from .base import Policy, TokenView
+from .base import Policy, RecordView, TokenView
 
 
 def received_attention(view: TokenView, newest: int) -> tuple[torch.Tensor, int]:
@@ -54,8 +54,35 @@ class SnapKV(Policy):
         pooled = F.max_pool1d(mass.flatten(0, 1), self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pooled.view_as(mass) / q_len
 
-    def refresh(self, scores: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
-        return torch.maximum(self.decay * scores, mass / num_queries)
+    def refresh(self, records: RecordView) -> torch.Tensor:
+        assert records.mass is not None, "the policy remembers queries, so the cache runs them over the records"
+        return torch.maximum(self.decay * records.stored, records.mass / records.num_queries)
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV's scores under layer-wise budgets that fall from the first layer to the last (Cai et al. 2024, 4.2).
+
+    Beside the recent tokens, which every layer keeps, the last of L layers gets 1 / beta of the mean budget, the first
+    2 - 1 / beta, and those between lie on the line: ``k_l = k_0 - (k_0 - k_(L-1)) l / (L - 1)``. Here k counts bytes of
+    pages. Scope "global" keeps the same records in all layers, so there every layer's share is even.
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+    summary: ClassVar[str] = "as snapkv, with more bytes for the lower layers"
+    source: ClassVar[str] = "Cai et al. 2024, PyramidKV: Dynamic KV Cache Compression based on Pyramidal Funneling"
+    beta: float = 20.0  # the paper's default
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 1:
+            raise ValueError(f"beta must be at least 1; got {self.beta}")
+
+    def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
+        if num_layers == 1:
+            return 1.0
+        last = 1 / self.beta
+        first = 2 - last
+        return first - (first - last) * layer_idx / (num_layers - 1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,7 @@ class TOVA(Policy):
         mass, _ = received_attention(view, 1)
         return mass.mean(1, keepdim=True).expand_as(mass)
 
-    def refresh(self, scores: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+    def refresh(self, records: RecordView) -> torch.Tensor:
         # Heads hold different records in different slots, so old records are judged by their own head's attention.
-        return mass
+        assert records.mass is not None, "the policy remembers queries, so the cache runs them over the records"
+        return records.mass

@@ -8,8 +8,9 @@ copied with it).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +39,37 @@ class TokenView:
     sliding_window: int  # 0: none
     head_offset: int  # index of the first local KV head in the whole model (tensor parallel)
     state: dict[str, torch.Tensor]  # batch-first tensors; persists from call to call
+    row_tokens: torch.Tensor  # (batch,) int64: tokens of each sequence so far, padding not counted
+    received: torch.Tensor | None = None  # (batch, num_kv_heads, n) float32 attention from all queries so far
+    recent: torch.Tensor | None = None  # the same from the newest ``recent_queries`` queries; None unless asked for
+    inv_freq: torch.Tensor | None = None  # (head_dim / 2,) float32 RoPE angles per position; None: no RoPE known
+
+    @property
+    def seen(self) -> int:
+        """Logical index of the next token."""
+        return self.q_start + (0 if self.queries is None else self.queries.shape[2])
+
+
+@dataclass
+class RecordView:
+    """Packed records of one layer at a packing step: what are they worth now?
+
+    ``n`` counts the slots of the store; slots of position -1 are empty and whatever is said of them is ignored.
+    """
+
+    layer_idx: int
+    num_layers: int
+    stored: torch.Tensor  # (batch, num_kv_heads, n) float32, bfloat16 precision: what ``carried`` left with the record
+    received: torch.Tensor | None  # stored + attention since the last packing; only if the policy accumulates
+    recent: torch.Tensor | None  # (batch, num_kv_heads, n) float32, as in TokenView
+    mass: torch.Tensor | None  # (batch, num_kv_heads, n) float32 attention from the newest ``num_queries`` queries
+    num_queries: int
+    positions: torch.Tensor  # (batch, num_kv_heads, n) int32
+    seen: int  # logical index of the next token
+    row_tokens: torch.Tensor  # (batch,) int64
+    head_offset: int
+    key_norms: Callable[[], torch.Tensor]  # (batch, num_kv_heads, n) float32; dequantises every key
+    state: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,28 +79,49 @@ class Policy:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for `smartkv policies`
     source: ClassVar[str] = ""  # paper or formula
-    prefill_queries: ClassVar[int] = 0  # attention-based policies: how many of the newest queries a prefill hands over
+    prefill_queries: ClassVar[int] = 0  # how many of a long forward's newest queries are handed over when it packs
     decode_queries: ClassVar[int] = (
         0  # and how many are remembered while decoding (their bytes count against the budget)
     )
+    accumulates: ClassVar[bool] = False  # asks for ``received``: the attention that each token got from every query
+    recent_queries: ClassVar[int] = 0  # asks for ``recent`` too, from this many newest queries
     needs_pre_rope_keys: ClassVar[bool] = False
     evicts: ClassVar[bool] = True  # False: every token is kept, the budget only chooses its bits
     compares_heads: ClassVar[bool] = False  # True: scores of different heads of a layer are on one scale
+    head_floor: ClassVar[float] = 0.0  # share of an even split that a head is sure of where heads compete
     keeps_sinks: ClassVar[bool] = True  # False: the first tokens are ordinary tokens
 
     def score(self, view: TokenView) -> torch.Tensor:
-        """(batch, num_kv_heads, n) float32. Entries at positions of -1 are ignored."""
+        """(batch, num_kv_heads, n) float32; -inf: evict whatever the budget. Entries at positions of -1 are ignored."""
         raise NotImplementedError
 
-    def refresh(self, scores: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
-        """New scores of records that are already packed; called only if the policy asks for queries.
+    def refresh(self, records: RecordView) -> torch.Tensor:
+        """Scores of records that are already packed, as ``score``. Default: they never change."""
+        return records.stored
 
-        scores, mass: (batch, num_kv_heads, num_records) float32; mass is the attention that the records received
-        from the newest ``num_queries`` queries, summed over them and over the query group. Default: scores never
-        change.
+    def carried(
+        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int
+    ) -> torch.Tensor:
+        """What a record carries to the next packing, as one bfloat16: by default its score.
+
+        scores, received: (batch, num_kv_heads, n) float32.
         """
-        del mass, num_queries
+        del received, layer_idx, head_offset
         return scores
 
     def crop(self, state: dict[str, torch.Tensor], length: int) -> None:
         """Tokens at positions >= ``length`` were taken back. Default: nothing to do."""
+
+    def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
+        """Bytes of this layer's pages relative to an even split over the layers; the shares of all layers average 1."""
+        del layer_idx, num_layers, num_kv_heads
+        return 1.0
+
+    def check(self, num_layers: int, num_kv_heads: int) -> None:
+        """Raise ValueError if the policy cannot serve a model of this shape."""
+
+    def spec(self) -> dict[str, Any]:
+        """``get_policy(spec)`` gives an equal policy; plain JSON values."""
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        plain = {name: x.spec() if isinstance(x, Policy) else x for name, x in options.items()}
+        return {"name": self.name, **plain}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Policy, TokenView
+from .base import Policy, RecordView, TokenView
 
 
 def recency(view: TokenView) -> torch.Tensor:
@@ -44,14 +44,28 @@ class SlidingWindow(Policy):
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Sinks (kept by the cache) and the newest tokens that the budget can hold."""
+    """Sinks (kept by the cache) and the newest tokens that the budget can hold; of those, at most ``recent``.
+
+    With ``recent`` no larger than the cache's window nothing is ever packed: a streaming head (Xiao et al. 2024b).
+    """
 
     name: ClassVar[str] = "streaming_llm"
     summary: ClassVar[str] = "sinks and newest tokens"
     source: ClassVar[str] = "Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks"
+    recent: int | None = None  # None: as many as the budget holds
+
+    def __post_init__(self) -> None:
+        if self.recent is not None and self.recent < 1:
+            raise ValueError(f"recent must be at least 1, or None; got {self.recent}")
 
     def score(self, view: TokenView) -> torch.Tensor:
-        return recency(view)
+        return self._limited(recency(view), view.seen)
+
+    def refresh(self, records: RecordView) -> torch.Tensor:
+        return self._limited(records.positions.float(), records.seen)
+
+    def _limited(self, positions: torch.Tensor, seen: int) -> torch.Tensor:
+        return positions if self.recent is None else positions.masked_fill(positions < seen - self.recent, -torch.inf)
 
 
 @dataclass(frozen=True)

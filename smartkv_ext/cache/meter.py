@@ -1,0 +1,70 @@
+"""Attention that tokens receive, for policies that accumulate it: measured by the attention ops as they run.
+
+Tokens in the window have their sums beside their keys, as buffers of the window. Packed records carry what they had
+received at the last packing step; what came since is here, float32, one slot per record slot of every page in use.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from smartkv_ext.policies import Policy
+from smartkv_ext.reference.layout import PAGE_SIZE
+
+from .store import PagedStore
+
+RECEIVED, RECENT = "received", "recent"
+
+
+def meter_names(policy: Policy) -> tuple[str, ...]:
+    """What is measured for a policy: nothing, ``received``, or that and ``recent``."""
+    if not policy.accumulates:
+        return ()
+    return (RECEIVED, RECENT) if policy.recent_queries else (RECEIVED,)
+
+
+def page_meter_bytes(policy: Policy) -> int:
+    """Bytes that measuring adds to every page."""
+    return 4 * PAGE_SIZE * len(meter_names(policy))
+
+
+class AttentionMeter:
+    """Sums over the pages in use, in the order of the block table: name -> (pages, 64) float32."""
+
+    def __init__(self, policy: Policy, store: PagedStore) -> None:
+        self.names = meter_names(policy)
+        self.sums: dict[str, torch.Tensor] = {}
+        self.restart(store)
+
+    def restart(self, store: PagedStore) -> None:
+        """Forget everything: the records are about to carry it, or have moved."""
+        pages = int((store.block_table >= 0).sum())
+        self.sums = {name: torch.zeros(pages, PAGE_SIZE, device=store.block_table.device) for name in self.names}
+
+    def add(self, name: str, mass: torch.Tensor, store: PagedStore) -> None:
+        """Add the ``mass`` (batch, num_kv_heads, num_tiers, max_pages * 64) of a decode_attention."""
+        self.sums[name] += _by_page(mass, store)
+
+    def spread(self, name: str, store: PagedStore) -> torch.Tensor:
+        """A sum in the shape of ``store.scores()``; 0 in pages that do not exist."""
+        table = store.block_table
+        out = self.sums[name].new_zeros(*table.shape, PAGE_SIZE)
+        out[table >= 0] = self.sums[name]
+        return out.flatten(3)
+
+    def index_select(self, index: torch.Tensor, store: PagedStore) -> None:
+        """``store.index_select``, and the sums follow their records."""
+        spread = {name: self.spread(name, store) for name in self.names}
+        store.index_select(index)
+        self.sums = {name: _by_page(x.index_select(0, index), store) for name, x in spread.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """What the sums hold."""
+        return sum(x.nbytes for x in self.sums.values())
+
+
+def _by_page(slots: torch.Tensor, store: PagedStore) -> torch.Tensor:
+    """(batch, num_kv_heads, num_tiers, max_pages * 64) -> (pages, 64)."""
+    pages: torch.Tensor = slots.unflatten(3, (-1, PAGE_SIZE))
+    return pages[store.block_table >= 0]
