@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.common import show
 from bench.models import load
+from bench.output import show
 from bench.synthetic_eviction import candidates, mean
 from smartkv_ext.policies import Policy, get_policy
 from training.collect import collect, documents

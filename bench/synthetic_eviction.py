@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from bench.common import show
+from bench.output import show
 from smartkv_ext.policies import POLICIES, Policy, get_policy
 from training.reconstruction import RETENTIONS, Trace, reconstruction_errors
 from training.synthetic import SPLITS, Pattern, digest, generate_traces

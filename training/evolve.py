@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.common import show
+from bench.output import show
 from smartkv_ext.policies.expression import parse
 
 from .grammar import Grammar, size

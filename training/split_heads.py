@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.common import show
 from bench.models import load
+from bench.output import show
 from smartkv_ext.policies import get_policy
 
 from .collect import collect, documents

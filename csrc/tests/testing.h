@@ -249,4 +249,10 @@ inline std::vector<const smartkv::KernelTable*> all_kernels() {
   return sets;
 }
 
+// Relative to the largest value, or absolute for small ones.
+inline bool is_close(double x, double y, double tolerance) {
+  if (std::isinf(y) || std::isinf(x)) return x == y;
+  return std::fabs(x - y) <= tolerance * (1 + std::fabs(y));
+}
+
 }  // namespace testing
