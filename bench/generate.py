@@ -3,133 +3,41 @@
 python -m bench.generate --model smollm2 --context 2048 4096 8192 --out results.jsonl
 python -m bench.generate --model FOLDER --dtype bfloat16 --context 8192 --cache dynamic --cache smartkv:0.125
 
-Every cache sees the same text and decodes the same tokens, in a process of its own. With --out, each measurement is
-appended to a JSON-lines file; what is already in the file is not measured again, so an interrupted run continues. Only
-what was measured while other processes used the CPU is measured anew, and the newer line counts.
-quanto, hqq and fp8 are the backends of transformers' QuantizedCache (pip install optimum-quanto hqq).
+Every cache sees the same text and decodes the same tokens, in two processes of its own: one is timed, the other's
+memory is watched. With --out, each measurement is appended to a JSON-lines file; what is already there is not measured
+again, so an interrupted run continues. Only what was measured while other processes used the CPU is measured anew, and
+the newer line counts. quanto, hqq and fp8 are the backends of transformers' QuantizedCache (pip install optimum-quanto
+hqq).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from tqdm import tqdm
 
-import smartkv_ext
-from bench.caches import DEFAULT, KINDS, label, make_cache
-from bench.layer_times import TimedCache, attention_clock
-from bench.models import load, text_ids
+from bench.caches import DEFAULT, KINDS, label
 from bench.output import show
-from bench.resident import peak_bytes, settle
-from bench.timing import CALM, cpu_seconds_of_others
-from smartkv_ext import SmartKVCache
-
-WARM_UP = 96  # tokens
-PROBE = 8  # tokens decoded at the end with clocks around the attention modules
-
-
-def prefill(network: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float:
-    """Seconds to feed ids (1, n); ``chunk``: tokens per forward, 0: all at once."""
-    start = time.perf_counter()
-    for part in ids.split(chunk or ids.shape[1], dim=1):
-        network(part, past_key_values=cache, logits_to_keep=1)
-    return time.perf_counter() - start
-
-
-def decode(network: Any, cache: Any, ids: torch.Tensor, limit: float) -> tuple[list[float], float]:
-    """(seconds of each step, mean negative log-likelihood of the true next tokens) for ids (1, n), n - 1 steps.
-
-    Stops after ``limit`` seconds, but not before four steps.
-    """
-    times: list[float] = []
-    losses = []
-    for i in range(ids.shape[1] - 1):
-        start = time.perf_counter()
-        logits = network(ids[:, i : i + 1], past_key_values=cache).logits[0, -1]
-        times.append(time.perf_counter() - start)
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, i + 1]).item())
-        if sum(times) > limit and len(times) >= 4:
-            break
-    return times, statistics.mean(losses)
-
-
-def held_bytes(cache: Any) -> int | None:
-    """What the cache itself says that it holds; None for QuantizedCache, whose backends do not tell."""
-    if isinstance(cache, SmartKVCache):
-        return cache.report().total_bytes
-    if all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers):
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return None
-
-
-@torch.no_grad()
-def measure(
-    kind: str, model: str, dtype: str, context: int, tokens: int, chunk: int, policy: str, limit: float
-) -> dict[str, Any]:
-    """Everything about one cache at one context, in this process. Memory is growth of the resident set."""
-    network, tokenizer = load(model, dtype)
-    ids = text_ids(tokenizer, context + tokens + PROBE + 1)
-    with contextlib.ExitStack() as stack:
-        if kind.startswith("smartkv"):
-            stack.enter_context(smartkv_ext.patch(network))
-        warm = make_cache(kind, network.config, policy)  # thread pools, work buffers, backends that compile themselves
-        prefill(network, warm, ids[:, :WARM_UP], 0)
-        decode(network, warm, ids[:, WARM_UP : WARM_UP + 4], limit)
-        del warm
-        before = settle()
-        cache = make_cache(kind, network.config, policy)
-        prefill_seconds = prefill(network, cache, ids[:, :context], chunk)
-        prefill_peak = peak_bytes() - before
-        settle()
-        if isinstance(cache, TimedCache):
-            cache.reset_clocks()
-            stack.enter_context(cache.timed_ops())
-        wall, others = time.perf_counter(), cpu_seconds_of_others()
-        times, nll = decode(network, cache, ids[:, context : context + tokens + 1], limit)
-        wall, others = time.perf_counter() - wall, cpu_seconds_of_others() - others
-        decode_peak = peak_bytes() - before
-        shares = cache.shares(sum(times)) if isinstance(cache, TimedCache) else {}
-        resident = settle() - before
-        spent = []
-        start = context + len(times)
-        for i in range(start, start + PROBE):
-            with attention_clock(network) as clock:
-                network(ids[:, i : i + 1], past_key_values=cache)
-            spent.append(clock[0])
-    return {
-        "prefill_tokens_per_s": context / prefill_seconds,
-        "decode_tokens_per_s": len(times) / sum(times),
-        "median_ms": statistics.median(times) * 1e3,
-        "attention_ms": statistics.median(spent) * 1e3,
-        "decoded": len(times),
-        "nll": nll,
-        "prefill_peak_bytes": prefill_peak,
-        "decode_peak_bytes": decode_peak,
-        "resident_bytes": resident,
-        "held_bytes": held_bytes(cache),
-        "others_cpu": max(others, 0.0) / wall / (os.cpu_count() or 1),
-        **shares,
-    }
+from bench.timing import CALM
 
 
 def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure in a new process; a failure becomes the field ``error``."""
-    command = [sys.executable, "-m", "bench.generate", "--worker", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    lines = done.stderr.strip().splitlines()
-    return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    """Measure speed, then memory, each in a new process; a failure becomes the field ``error``."""
+    result: dict[str, Any] = {}
+    for part in ("speed", "memory"):
+        command = [sys.executable, "-m", "bench.generate_task", part, json.dumps(settings)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+        result |= json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def summarise(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,7 +63,8 @@ def summarise(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_results(title: str, entries: list[dict[str, Any]], json_only: bool) -> None:
-    """The table shows megabytes and percent; the JSON line has everything."""
+    """The table shows peaks of memory in MB, packing as a share of decoding, and Python in us per layer call; the JSON
+    line has everything."""
     rows = summarise(entries)
 
     def megabytes(row: dict[str, Any], name: str) -> str | None:
@@ -169,15 +78,17 @@ def print_results(title: str, entries: list[dict[str, Any]], json_only: bool) ->
             "cache": row["cache"], "context": str(row["context"]),
             "prefill tok/s": row.get("prefill_tokens_per_s"), "decode tok/s": row.get("decode_tokens_per_s"),
             "speedup": row.get("speedup"), "attention ms": row.get("attention_ms"), "nll": row.get("nll"),
-            "held MB": megabytes(row, "held_bytes"), "prefill peak MB": megabytes(row, "prefill_peak_bytes"),
-            "decode peak MB": megabytes(row, "decode_peak_bytes"), "packing": percent(row, "maintenance_share"),
-            "python us": row.get("python_us"), "others' cpu": percent(row, "others_cpu"),
+            "held MB": megabytes(row, "held_bytes"), "prefill MB": megabytes(row, "prefill_peak_bytes"),
+            "decode MB": megabytes(row, "decode_peak_bytes"), "packing": percent(row, "maintenance_share"),
+            "python us": row.get("python_us"),
         }
         for row in rows
     ]  # fmt: skip
     for row in rows if not json_only else ():
         if "error" in row:
             print(f"{row['cache']}, context {row['context']}: {row['error']}")
+        elif row["others_cpu"] > CALM:
+            print(f"{row['cache']}, context {row['context']}: others took {row['others_cpu']:.0%} of the CPU")
     show(title, shown, {"title": title, "rows": rows}, json_only)
 
 
@@ -195,15 +106,8 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     out: Annotated[Path | None, typer.Option(help="JSON-lines file to append to and to continue from")] = None,
     json_only: Annotated[bool, typer.Option("--json", help="print the JSON line alone")] = False,
-    worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Print a table, the errors of caches that cannot run here, and one JSON line."""
-    if worker:
-        settings = json.loads(worker)
-        torch.set_num_threads(settings.pop("threads"))
-        settings.pop("repeat")
-        print(json.dumps(measure(**settings)))
-        return
     shared = {
         "model": model, "dtype": dtype, "tokens": tokens, "chunk": chunk, "policy": policy, "limit": limit,
         "threads": threads,

@@ -11,8 +11,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 import bench.generate
+import bench.generate_task
 from bench.caches import DEFAULT, label, make_cache
-from bench.generate import measure, summarise
+from bench.generate import summarise
+from bench.generate_task import Task
 
 FIELDS = {
     "prefill_tokens_per_s", "decode_tokens_per_s", "median_ms", "attention_ms", "decoded", "nll", "prefill_peak_bytes",
@@ -35,21 +37,21 @@ def tiny(monkeypatch):
         ids = [sum(map(ord, text[i : i + 3])) % 64 for i in range(0, len(text), 3)]
         return SimpleNamespace(input_ids=torch.tensor([ids]))
 
-    monkeypatch.setattr(bench.generate, "load", lambda name, dtype: (model, tokenizer))
+    monkeypatch.setattr(bench.generate_task, "load", lambda name, dtype: (model, tokenizer))
     return model
 
 
-def measured(kind, **changes):
+def task(kind, **changes):
     settings = {
         "kind": kind, "model": "tiny", "dtype": "float32", "context": CONTEXT, "tokens": TOKENS, "chunk": 0,
-        "policy": "keydiff", "limit": 60.0,
+        "policy": "keydiff", "limit": 60.0, "threads": 1,
     }  # fmt: skip
-    return measure(**settings | changes)
+    return Task(**settings | changes)
 
 
 @pytest.mark.parametrize("kind", ("dynamic", "fp8", "smartkv:0.5", "smartkv:0.125"))
 def test_measure(tiny, kind):
-    result = measured(kind)
+    result = task(kind).speed() | task(kind).memory()
     assert result.keys() >= FIELDS
     assert result["decoded"] == TOKENS
     assert all(math.isfinite(x) for x in result.values() if isinstance(x, float))
@@ -57,11 +59,11 @@ def test_measure(tiny, kind):
         assert result[name] > 0
     assert tiny.config._attn_implementation != "smartkv", "the model is left as it was"
     if kind == "dynamic":
-        assert result["held_bytes"] == 2 * 2 * (CONTEXT + TOKENS + bench.generate.PROBE) * 64 * 4
+        assert result["held_bytes"] == 2 * 2 * (CONTEXT + TOKENS) * 64 * 4
 
 
 def test_clocks_of_smartkv(tiny):
-    result = measured("smartkv:0.5")
+    result = task("smartkv:0.5").speed()
     parts = result["op_us"] + result["packing_us"] + result["python_us"]
     assert parts == pytest.approx(result["layer_call_us"])
     assert min(result["op_us"], result["packing_us"], result["python_us"]) > 0
@@ -70,11 +72,13 @@ def test_clocks_of_smartkv(tiny):
 
 def test_every_cache_decodes_the_same_tokens(tiny):
     """With nothing lost, the likelihood of the text is that of the full cache."""
-    assert measured("smartkv:1.0", tokens=8)["nll"] == pytest.approx(measured("dynamic", tokens=8)["nll"], rel=5e-4)
+    assert task("smartkv:1.0", tokens=8).speed()["nll"] == pytest.approx(
+        task("dynamic", tokens=8).speed()["nll"], rel=5e-4
+    )
 
 
 def test_chunks_and_limit(tiny):
-    result = measured("smartkv:0.25", chunk=64, limit=0.0)
+    result = task("smartkv:0.25", chunk=64, limit=0.0).speed()
     assert result["decoded"] == 4
 
 

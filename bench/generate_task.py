@@ -1,0 +1,157 @@
+"""One cache on one model at one context: what a process of bench.generate measures.
+
+python -m bench.generate_task speed|memory '{"kind": "dynamic", ...}'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+import smartkv_ext
+from bench.caches import make_cache
+from bench.layer_times import TimedCache, attention_clock
+from bench.models import load, text_ids
+from bench.resident import peak_bytes, settle
+from bench.timing import cpu_seconds_of_others
+from smartkv_ext import SmartKVCache
+
+WARM_UP = 96  # tokens
+PROBE = 8  # tokens decoded at the end with clocks around the attention modules
+
+
+def prefill(network: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float:
+    """Seconds to feed ids (1, n); ``chunk``: tokens per forward, 0: all at once."""
+    start = time.perf_counter()
+    for part in ids.split(chunk or ids.shape[1], dim=1):
+        network(part, past_key_values=cache, logits_to_keep=1)
+    return time.perf_counter() - start
+
+
+def decode(network: Any, cache: Any, ids: torch.Tensor, limit: float) -> tuple[list[float], float]:
+    """(seconds of each step, mean negative log-likelihood of the true next tokens) for ids (1, n), n - 1 steps.
+
+    Stops after ``limit`` seconds, but not before four steps.
+    """
+    times: list[float] = []
+    losses = []
+    for i in range(ids.shape[1] - 1):
+        start = time.perf_counter()
+        logits = network(ids[:, i : i + 1], past_key_values=cache).logits[0, -1]
+        times.append(time.perf_counter() - start)
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, i + 1]).item())
+        if sum(times) > limit and len(times) >= 4:
+            break
+    return times, statistics.mean(losses)
+
+
+def held_bytes(cache: Any) -> int | None:
+    """What the cache itself says that it holds; None for QuantizedCache, whose backends do not tell."""
+    if isinstance(cache, SmartKVCache):
+        return cache.report().total_bytes
+    if all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures."""
+
+    kind: str
+    model: str
+    dtype: str
+    context: int
+    tokens: int
+    chunk: int
+    policy: str
+    limit: float
+    threads: int
+
+    def prepare(self, stack: contextlib.ExitStack) -> tuple[Any, torch.Tensor]:
+        """(model, ids), the model patched if the cache needs it. A short run has warmed up thread pools and work
+        buffers, and backends that compile themselves."""
+        network, tokenizer = load(self.model, self.dtype)
+        ids = text_ids(tokenizer, self.context + self.tokens + PROBE + 1)
+        if self.kind.startswith("smartkv"):
+            stack.enter_context(smartkv_ext.patch(network))
+        cache = self.cache(network)
+        prefill(network, cache, ids[:, :WARM_UP], 0)
+        decode(network, cache, ids[:, WARM_UP : WARM_UP + 4], self.limit)
+        return network, ids
+
+    def cache(self, network: Any) -> Any:
+        """A new one."""
+        return make_cache(self.kind, network.config, self.policy)
+
+    def next_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """(1, tokens + 1): what is decoded, and the last true next token."""
+        return ids[:, self.context : self.context + self.tokens + 1]
+
+    @torch.no_grad()
+    def speed(self) -> dict[str, Any]:
+        """Tokens per second, likelihood of the text, and for SmartKV where the time goes."""
+        with contextlib.ExitStack() as stack:
+            network, ids = self.prepare(stack)
+            cache = self.cache(network)
+            prefill_seconds = prefill(network, cache, ids[:, : self.context], self.chunk)
+            if isinstance(cache, TimedCache):
+                cache.reset_clocks()
+                stack.enter_context(cache.timed_ops())
+            wall, others = time.perf_counter(), cpu_seconds_of_others()
+            times, nll = decode(network, cache, self.next_tokens(ids), self.limit)
+            wall, others = time.perf_counter() - wall, cpu_seconds_of_others() - others
+            shares = cache.shares(sum(times)) if isinstance(cache, TimedCache) else {}
+            start, attention = self.context + len(times), []
+            for i in range(start, start + PROBE):
+                with attention_clock(network) as clock:
+                    network(ids[:, i : i + 1], past_key_values=cache)
+                attention.append(clock[0])
+        return {
+            "prefill_tokens_per_s": self.context / prefill_seconds,
+            "decode_tokens_per_s": len(times) / sum(times),
+            "median_ms": statistics.median(times) * 1e3,
+            "attention_ms": statistics.median(attention) * 1e3,
+            "decoded": len(times),
+            "nll": nll,
+            "others_cpu": max(others, 0.0) / wall / (os.cpu_count() or 1),
+            **shares,
+        }
+
+    @torch.no_grad()
+    def memory(self) -> dict[str, Any]:
+        """Growth of the resident set since before the prefill: peaks, with what malloc holds back, and what stays.
+
+        Freed memory is given back to the system before and after decoding; that makes the next steps slower, so this
+        process is not the one that is timed.
+        """
+        with contextlib.ExitStack() as stack:
+            network, ids = self.prepare(stack)
+            before = settle()
+            cache = self.cache(network)
+            prefill(network, cache, ids[:, : self.context], self.chunk)
+            prefill_peak = peak_bytes() - before
+            settle()
+            decode(network, cache, self.next_tokens(ids), self.limit)
+            decode_peak = peak_bytes() - before
+        return {
+            "prefill_peak_bytes": prefill_peak,
+            "decode_peak_bytes": decode_peak,
+            "resident_bytes": settle() - before,
+            "held_bytes": held_bytes(cache),
+        }
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[2])
+    torch.set_num_threads(settings["threads"])
+    task = Task(**{field.name: settings[field.name] for field in fields(Task)})
+    print(json.dumps({"speed": task.speed, "memory": task.memory}[sys.argv[1]]()))
