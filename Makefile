@@ -54,7 +54,6 @@ format: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python -m bench.all
 	$(BIN)/python -m bench.generate --context 2048 8192
-	$(BIN)/python -m bench.memory
 
 clean:
 	rm -rf build $(VENV) smartkv_ext/*.so *.egg-info
