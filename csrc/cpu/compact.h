@@ -43,6 +43,14 @@ struct Chosen {
   }
 };
 
+// Both ends move in directions and strides that hardware does not foresee.
+SMARTKV_INLINE void prefetch_page(const PagedKV& cache, int64_t head, int tier, int64_t page,
+                                  int64_t num_pages) {
+  if (page < 0 || page >= num_pages) return;
+  const uint8_t* at = slot_of(cache, head, tier, page * PAGE_SIZE).page;
+  for (int64_t i = 0; i < cache.page_bytes[tier]; i += 64) __builtin_prefetch(at + i, 1);
+}
+
 // Fills the holes among the first n slots, n survivors, with the survivors behind them: the lowest
 // hole with the highest survivor. Whole pages of bits: a test per slot would be mispredicted.
 inline int64_t close_holes(const PagedKV& cache, const Tiers& tiers, int64_t head, int tier,
@@ -55,11 +63,13 @@ inline int64_t close_holes(const PagedKV& cache, const Tiers& tiers, int64_t hea
     uint64_t holes = ~stay.page(low) & first_bits(n - low * PAGE_SIZE);
     if (holes == 0) continue;
     uint8_t* to = slot_of(cache, head, tier, low * PAGE_SIZE).page;
+    prefetch_page(cache, head, tier, low + 1, stay.num_pages());
     for (; holes != 0; holes &= holes - 1) {
       while (survivors == 0) {
         --high;
         survivors = stay.page(high) & ~first_bits(n - high * PAGE_SIZE);
         from = slot_of(cache, head, tier, high * PAGE_SIZE).page;
+        prefetch_page(cache, head, tier, high - 1, stay.num_pages());
       }
       const int last = 63 - __builtin_clzll(survivors);
       survivors ^= uint64_t{1} << last;

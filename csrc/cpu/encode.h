@@ -8,16 +8,6 @@ struct Codes {
   alignas(64) uint8_t at[MAX_HEAD_DIM + 64];
 };
 
-struct Encoder {
-  int bits;
-  Levels levels;
-  int head_dim;
-  Codebook book;
-
-  Encoder(int bits, Levels levels, int head_dim)
-      : bits(bits), levels(levels), head_dim(head_dim), book(make_codebook(bits, levels)) {}
-};
-
 // 16 bytes as integers.
 SMARTKV_INLINE I load_bytes(const uint8_t* p) {
 #if defined(SMARTKV_AVX512)
@@ -62,7 +52,7 @@ struct MidpointCounter {
       : bins_per_unit(levels == Levels::UNIFORM ? 1.0f : 0.125f) {
     alignas(64) float inside[32];
     alignas(64) int32_t count[32];
-    const int midpoints = (1 << bits) - 1;
+    const int midpoints = bits <= 4 ? (1 << bits) - 1 : 0;
     for (int bin = 0, n = 0; bin < 32; ++bin) {
       const float end = static_cast<float>(bin - 15) / bins_per_unit;
       count[bin] = n;
@@ -105,6 +95,22 @@ struct MidpointCounter {
 };
 #endif
 
+struct Encoder {
+  int bits;
+  Levels levels;
+  int head_dim;
+  Codebook book;
+  MidpointCounter midpoints;
+
+  Encoder(int bits, Levels levels, int head_dim)
+      : bits(bits),
+        levels(levels),
+        head_dim(head_dim),
+        book(make_codebook(bits, levels)),
+        midpoints(book, bits, levels) {}
+  Encoder(const Encoder&) = delete;  // the counter of the portable set points into the book
+};
+
 SMARTKV_INLINE F vabs(F x) { return as_float(as_int(x) & splat(INT32_MAX)); }
 
 inline float max_magnitude(const float* y, int count) {
@@ -131,14 +137,13 @@ inline float encode_low(const Encoder& encoder, const float* y, uint8_t* codes) 
   const float scale = gaussian ? root_mean_square(y, count) * gaussian_unit(BITS)
                                : max_magnitude(y, count) / ((1 << BITS) - 1);
   const F inverse = splat(scale > 0 ? 1 / scale : 0.0f);
-  const MidpointCounter midpoints(encoder.book, BITS, encoder.levels);
   const Lookup level(encoder.book.level);
   F product = splat(0.0f), square = splat(0.0f);
   for (int i = 0; i < count; i += 16) {
     const F v = load(y + i);
     F x = v * inverse;
     keep(x);
-    const I code = midpoints.template count<BITS>(x);
+    const I code = encoder.midpoints.template count<BITS>(x);
     store_codes(codes + i, code);
     const F chosen = level(code);
     F term = v * chosen;
