@@ -92,10 +92,24 @@ SMARTKV_INLINE F load_bf16(const uint16_t* p) {
 }
 #endif
 
+// 16 integers in [0, 65535].
+SMARTKV_INLINE void store_halves(uint16_t* p, I x) {
+#if defined(SMARTKV_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(SMARTKV_AVX2)
+  const __m256i pairs = _mm256_packus_epi32((__m256i)x.lo, (__m256i)x.hi);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(pairs, 0xd8));
+#else
+  int32_t wide[16];
+  store(wide, x);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(wide[i]);
+#endif
+}
+
 SMARTKV_INLINE void store_bf16(uint16_t* p, F v) {
-  alignas(64) float x[16];
-  store(x, v);
-  for (int i = 0; i < 16; ++i) p[i] = to_bf16(x[i]);
+  const I u = as_int(v), is_nan = gt(u & splat(INT32_MAX), splat(0x7f800000));
+  const I rounded = ((u + splat(0x7fff) + ((u >> 16) & splat(1))) >> 16) & splat(0xffff);
+  store_halves(p, (rounded & (is_nan ^ splat(-1))) | (splat(0x7fc0) & is_nan));
 }
 
 SMARTKV_INLINE const char* at(const void* data, DType dtype, int64_t element) {

@@ -9,17 +9,24 @@ struct Codes {
 };
 
 // 16 bytes as integers.
-SMARTKV_INLINE I load_bytes(const uint8_t* p) {
+SMARTKV_INLINE I widen_bytes(v4i bytes) {
 #if defined(SMARTKV_AVX512)
-  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (I)_mm512_cvtepu8_epi32((__m128i)bytes);
 #elif defined(SMARTKV_AVX2)
-  return {(v8i)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
-          (v8i)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+  return {(v8i)_mm256_cvtepu8_epi32((__m128i)bytes),
+          (v8i)_mm256_cvtepu8_epi32(_mm_unpackhi_epi64((__m128i)bytes, (__m128i)bytes))};
 #else
+  uint8_t narrow[16];
+  __builtin_memcpy(narrow, &bytes, sizeof narrow);
   alignas(64) int32_t wide[16];
-  for (int i = 0; i < 16; ++i) wide[i] = p[i];
+  for (int i = 0; i < 16; ++i) wide[i] = narrow[i];
   return load_words(wide);
 #endif
+}
+SMARTKV_INLINE I load_bytes(const uint8_t* p) {
+  v4i bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return widen_bytes(bytes);
 }
 
 // 16 integers in [0, 255] as bytes.
@@ -113,13 +120,32 @@ struct Encoder {
 
 SMARTKV_INLINE F vabs(F x) { return as_float(as_int(x) & splat(INT32_MAX)); }
 
-inline float max_magnitude(const float* y, int count) {
+// K and V of a token are encoded side by side: alone, each would wait for its own sums and
+// divisions.
+struct Token {
+  const float* at[2];
+};
+struct TokenCodes {
+  Codes at[2];
+  float scale[2];  // unrounded
+};
+
+// body(i, which) for every 16 channels of both.
+template <class Body>
+SMARTKV_INLINE void for_token(int head_dim, const Body& body) {
+  for (int i = 0; i < head_dim; i += 16) {
+    body(i, 0);
+    body(i, 1);
+  }
+}
+
+SMARTKV_INLINE float max_magnitude(const float* y, int count) {
   F top = splat(0.0f);
   for (int i = 0; i < count; i += 16) top = vmax(top, vabs(load(y + i)));
   return hmax(top);
 }
 
-inline float root_mean_square(const float* y, int count) {
+SMARTKV_INLINE float root_mean_square(const float* y, int count) {
   F sum = splat(0.0f);
   for (int i = 0; i < count; i += 16) {
     F square = load(y + i) * load(y + i);
@@ -129,70 +155,74 @@ inline float root_mean_square(const float* y, int count) {
   return __builtin_sqrtf(hsum(sum) / static_cast<float>(count));
 }
 
-// 2, 3 or 4 bits: nearest levels, then the least-squares scale. Returns the unrounded scale.
-template <int BITS>
-inline float encode_low(const Encoder& encoder, const float* y, uint8_t* codes) {
-  const int count = encoder.head_dim;
+// 2, 3 or 4 bits: nearest levels, then the least-squares scale.
+template <int BITS, int HEAD_DIM>
+SMARTKV_INLINE void encode_low(const Encoder& encoder, const Token& y, TokenCodes& out) {
   const bool gaussian = encoder.levels == Levels::GAUSSIAN;
-  const float scale = gaussian ? root_mean_square(y, count) * gaussian_unit(BITS)
-                               : max_magnitude(y, count) / ((1 << BITS) - 1);
-  const F inverse = splat(scale > 0 ? 1 / scale : 0.0f);
+  F inverse[2];
+  for (int r = 0; r < 2; ++r) {
+    const float scale = gaussian ? root_mean_square(y.at[r], HEAD_DIM) * gaussian_unit(BITS)
+                                 : max_magnitude(y.at[r], HEAD_DIM) / ((1 << BITS) - 1);
+    out.scale[r] = scale;
+    inverse[r] = splat(scale > 0 ? 1 / scale : 0.0f);
+  }
   const Lookup level(encoder.book.level);
-  F product = splat(0.0f), square = splat(0.0f);
-  for (int i = 0; i < count; i += 16) {
-    const F v = load(y + i);
-    F x = v * inverse;
+  F product[2] = {splat(0.0f), splat(0.0f)}, square[2] = {splat(0.0f), splat(0.0f)};
+  for_token(HEAD_DIM, [&](int i, int r) {
+    const F v = load(y.at[r] + i);
+    F x = v * inverse[r];
     keep(x);
     const I code = encoder.midpoints.template count<BITS>(x);
-    store_codes(codes + i, code);
+    store_codes(out.at[r].at + i, code);
     const F chosen = level(code);
     F term = v * chosen;
     keep(term);
-    product = product + term;
-    square = square + chosen * chosen;  // integers below 2^24: exact
-  }
-  return gaussian ? hsum(product) / hsum(square) : scale;
+    product[r] = product[r] + term;
+    square[r] = square[r] + chosen * chosen;  // integers below 2^24: exact
+  });
+  if (!gaussian) return;
+  for (int r = 0; r < 2; ++r) out.scale[r] = hsum(product[r]) / hsum(square[r]);
 }
 
-inline float encode_8(const Encoder& encoder, const float* y, uint8_t* codes) {
-  const float scale = max_magnitude(y, encoder.head_dim) / 127;
-  const F inverse = splat(scale > 0 ? 1 / scale : 0.0f);
-  for (int i = 0; i < encoder.head_dim; i += 16) {
-    F x = load(y + i) * inverse;
+template <int HEAD_DIM>
+SMARTKV_INLINE void encode_8(const Token& y, TokenCodes& out) {
+  F inverse[2];
+  for (int r = 0; r < 2; ++r) {
+    const float scale = max_magnitude(y.at[r], HEAD_DIM) / 127;
+    out.scale[r] = scale;
+    inverse[r] = splat(scale > 0 ? 1 / scale : 0.0f);
+  }
+  for_token(HEAD_DIM, [&](int i, int r) {
+    F x = load(y.at[r] + i) * inverse[r];
     keep(x);
     x = vmin(vmax(x, splat(-127.0f)), splat(127.0f));
-    store_codes(codes + i, round_int(x) + splat(128));
-  }
-  return scale;
+    store_codes(out.at[r].at + i, round_int(x) + splat(128));
+  });
 }
 
-// Returns the scale as the bits of a float16.
-inline uint16_t encode(const Encoder& encoder, const float* y, Codes& codes) {
-  float scale;
-  switch (encoder.bits) {
-    case 2:
-      scale = encode_low<2>(encoder, y, codes.at);
-      break;
-    case 3:
-      scale = encode_low<3>(encoder, y, codes.at);
-      break;
-    case 4:
-      scale = encode_low<4>(encoder, y, codes.at);
-      break;
-    default:
-      scale = encode_8(encoder, y, codes.at);
+template <int BITS, int HEAD_DIM>
+SMARTKV_INLINE void encode(const Encoder& encoder, const Token& y, TokenCodes& out) {
+  if constexpr (BITS == 8) {
+    encode_8<HEAD_DIM>(y, out);
+  } else {
+    encode_low<BITS, HEAD_DIM>(encoder, y, out);
   }
-  __builtin_memset(codes.at + encoder.head_dim, 0, sizeof codes.at - encoder.head_dim);
-  return to_fp16(scale > 65504.0f ? 65504.0f : scale);
+  for (Codes& codes : out.at) {
+    __builtin_memset(codes.at + HEAD_DIM, 0, sizeof codes.at - MAX_HEAD_DIM);
+  }
 }
+
+// A scale as it is stored.
+inline uint16_t stored_scale(float scale) { return to_fp16(scale > 65504.0f ? 65504.0f : scale); }
 
 // Rotated vector of the codes.
-inline void decode(const Encoder& encoder, const Codes& codes, uint16_t scale, float* y) {
+template <int BITS, int HEAD_DIM>
+SMARTKV_INLINE void decode(const Encoder& encoder, const Codes& codes, uint16_t scale, float* y) {
   const F s = splat(from_fp16(scale));
   const Lookup level(encoder.book.level);
-  for (int c = 0; c < encoder.head_dim; c += 16) {
+  for (int c = 0; c < HEAD_DIM; c += 16) {
     const I code = load_bytes(codes.at + c);
-    const F x = encoder.bits == 8 ? to_float(code - splat(128)) : level(code);
+    const F x = BITS == 8 ? to_float(code - splat(128)) : level(code);
     store(y + c, x * s);
   }
 }

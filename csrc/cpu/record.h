@@ -13,115 +13,148 @@ SMARTKV_INLINE const uint8_t* lane_at(const uint8_t* plane, int lanes, int slot,
   return plane + (IS_V ? v_lane_offset(lanes, slot, j) : k_lane_offset(lanes, slot, j));
 }
 
-// V lanes are byte slot % 4 of consecutive words: 16 of them go in and out of a vector at once.
-SMARTKV_INLINE void put_v_lanes(uint8_t* words, int slot, I lanes) {
+// V lanes are byte slot % 4 of consecutive words: 16 of them, or the first `count`, go in and out
+// of a vector at once. What is read or rewritten behind the last word lies in the same page.
+SMARTKV_INLINE void put_v_lanes(uint8_t* words, int slot, I lanes, int count) {
+  alignas(64) static constexpr int32_t INDEX[] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                  8, 9, 10, 11, 12, 13, 14, 15};
   const int shift = slot % 4 * 8;
-  const I mask = splat(static_cast<int32_t>(0xffu << shift));
+  I mask = splat(static_cast<int32_t>(0xffu << shift));
+  if (count < 16) mask = mask & gt(splat(count), load_words(INDEX));
   const I others = load_words(words) & (mask ^ splat(-1));
-  store(reinterpret_cast<int32_t*>(words), others | (lanes << shift));
+  store(reinterpret_cast<int32_t*>(words), others | ((lanes << shift) & mask));
 }
 SMARTKV_INLINE I get_v_lanes(const uint8_t* words, int slot) {
   return (load_words(words) >> (slot % 4 * 8)) & splat(255);
 }
 
+// Lanes j..j+15 of a record, fewer at the end of a plane, as integers in [0, 255]. Nothing wider
+// than what is written is ever read back: the processor would wait until the stores have reached
+// the cache.
 template <bool IS_V>
-inline void scatter_lanes(uint8_t* plane, int lanes, int slot, const uint8_t* bytes) {
-  uint8_t* out = lane_at<IS_V>(plane, lanes, slot, 0);
+SMARTKV_INLINE void put_lanes(uint8_t* plane, int lanes, int slot, int j, I words) {
+  uint8_t* out = lane_at<IS_V>(plane, lanes, slot, j);
   if constexpr (IS_V) {
-    uint8_t* words = out - slot % 4;
-    int j = 0;
-    for (; j + 16 <= lanes; j += 16) put_v_lanes(words + 4 * j, slot, load_bytes(bytes + j));
-    for (; j < lanes; ++j) out[4 * j] = bytes[j];
+    put_v_lanes(out - slot % 4, slot, words, lanes - j);
   } else {
-    for (int j = 0; j < lanes; j += 4) __builtin_memcpy(out + 16 * j, bytes + j, 4);
+    alignas(16) uint8_t bytes[16];
+    store_codes(bytes, words);
+    for (int i = 0; i < 16 && j + i < lanes; i += 4) __builtin_memcpy(out + 16 * i, bytes + i, 4);
   }
 }
 
 template <bool IS_V>
-inline void gather_lanes(const uint8_t* plane, int lanes, int slot, uint8_t* bytes) {
-  const uint8_t* in = lane_at<IS_V>(plane, lanes, slot, 0);
+SMARTKV_INLINE I get_lanes(const uint8_t* plane, int lanes, int slot, int j) {
+  const uint8_t* in = lane_at<IS_V>(plane, lanes, slot, j);
   if constexpr (IS_V) {
-    const uint8_t* words = in - slot % 4;
-    int j = 0;
-    for (; j + 16 <= lanes; j += 16) store_codes(bytes + j, get_v_lanes(words + 4 * j, slot));
-    for (; j < lanes; ++j) bytes[j] = in[4 * j];
+    return get_v_lanes(in - slot % 4, slot);
   } else {
-    for (int j = 0; j < lanes; j += 4) __builtin_memcpy(bytes + j, in + 16 * j, 4);
+    int32_t four[4] = {};
+    for (int i = 0; i < 4 && j + 4 * i < lanes; ++i) __builtin_memcpy(four + i, in + 64 * i, 4);
+    return widen_bytes(v4i{four[0], four[1], four[2], four[3]});
   }
 }
 
-template <bool IS_V>
-inline void copy_lanes(uint8_t* to_plane, int to_slot, const uint8_t* from_plane, int from_slot,
-                       int lanes) {
-  uint8_t* to = lane_at<IS_V>(to_plane, lanes, to_slot, 0);
-  const uint8_t* from = lane_at<IS_V>(from_plane, lanes, from_slot, 0);
+// Moves the lanes of a record, whatever they hold.
+template <bool IS_V, int LANES>
+SMARTKV_INLINE void copy_lanes(uint8_t* to_plane, int to_slot, const uint8_t* from_plane,
+                               int from_slot) {
+  uint8_t* to = lane_at<IS_V>(to_plane, LANES, to_slot, 0);
+  const uint8_t* from = lane_at<IS_V>(from_plane, LANES, from_slot, 0);
   if constexpr (IS_V) {
     uint8_t* to_words = to - to_slot % 4;
     const uint8_t* from_words = from - from_slot % 4;
-    int j = 0;
-    for (; j + 16 <= lanes; j += 16) {
-      put_v_lanes(to_words + 4 * j, to_slot, get_v_lanes(from_words + 4 * j, from_slot));
+    for (int j = 0; j < LANES; j += 16) {
+      const I lanes = get_v_lanes(from_words + 4 * j, from_slot);
+      put_v_lanes(to_words + 4 * j, to_slot, lanes, LANES - j);
     }
-    for (; j < lanes; ++j) to[4 * j] = from[4 * j];
   } else {
-    for (int j = 0; j < lanes; j += 4) __builtin_memcpy(to + 16 * j, from + 16 * j, 4);
+    for (int j = 0; j < LANES; j += 4) __builtin_memcpy(to + 16 * j, from + 16 * j, 4);
   }
 }
 
-// Bytes of 64 lanes at a time; what runs past the lanes is not used.
-constexpr int32_t repeat_byte(int byte) { return static_cast<int32_t>(byte * 0x01010101u); }
-
-// One plane of `width` bits: bit `low` of a code upwards goes to (comes from) the plane.
-template <bool IS_V>
-inline void write_plane(uint8_t* plane, int slot, int head_dim, int width, int low,
-                        const Codes& codes) {
-  const int lanes = plane_lanes(head_dim, width);
-  const I mask = splat(repeat_byte((1 << width) - 1));
-  alignas(64) uint8_t bytes[MAX_HEAD_DIM];
-  for (int j = 0; j < lanes; j += 64) {
-    I word = splat(0);
-    for (int shift = 0, c = j; shift < 8; shift += width, c += lanes) {
-      word = word | (((load_words(codes.at + c) >> low) & mask) << shift);
+// Calls body<BITS, HEAD_DIM>() for a quantised format: loops of known length, constant addresses.
+template <class Body>
+SMARTKV_INLINE void with_format(int bits, int head_dim, const Body& body) {
+  const auto with_bits = [&]<int HEAD_DIM>() {
+    switch (bits) {
+      case 2:
+        return body.template operator()<2, HEAD_DIM>();
+      case 3:
+        return body.template operator()<3, HEAD_DIM>();
+      case 4:
+        return body.template operator()<4, HEAD_DIM>();
+      default:
+        return body.template operator()<8, HEAD_DIM>();
     }
-    store(reinterpret_cast<int32_t*>(bytes + j), word);
+  };
+  switch (head_dim) {
+    case 64:
+      return with_bits.template operator()<64>();
+    case 80:
+      return with_bits.template operator()<80>();
+    case 96:
+      return with_bits.template operator()<96>();
+    case 128:
+      return with_bits.template operator()<128>();
+    default:
+      return with_bits.template operator()<256>();
   }
-  scatter_lanes<IS_V>(plane, lanes, slot, bytes);
 }
 
-template <bool IS_V>
-inline void read_plane(const uint8_t* plane, int slot, int head_dim, int width, int low,
-                       Codes& codes) {
-  const int lanes = plane_lanes(head_dim, width);
-  const I mask = splat(repeat_byte((1 << width) - 1));
-  alignas(64) uint8_t bytes[MAX_HEAD_DIM];
-  gather_lanes<IS_V>(plane, lanes, slot, bytes);
-  const I below = splat(repeat_byte((1 << low) - 1));
-  // Ascending: what a vector writes past its lanes is overwritten by the next ones.
-  for (int shift = 0, c = 0; shift < 8; shift += width, c += lanes) {
-    for (int j = 0; j < lanes; j += 64) {
-      const I part = ((load_words(bytes + j) >> shift) & mask) << low;
-      auto* at = reinterpret_cast<int32_t*>(codes.at + c + j);
-      store(at, (load_words(at) & below) | part);
+// Calls body<WIDTH, LOW>(section) for the planes of a section: WIDTH bits of each code, from LOW
+// up.
+template <int BITS, int HEAD_DIM, class Section, class Body>
+SMARTKV_INLINE void each_plane(Section* section, const Body& body) {
+  constexpr Planes PLANES = code_planes(BITS);
+  body.template operator()<PLANES.width[0], 0>(section);
+  if constexpr (PLANES.count == 2) {
+    section += PAGE_SIZE * plane_lanes(HEAD_DIM, PLANES.width[0]);
+    body.template operator()<PLANES.width[1], PLANES.width[0]>(section);
+  }
+}
+
+template <bool IS_V, int BITS, int HEAD_DIM>
+SMARTKV_INLINE void write_codes(uint8_t* section, int slot, const Codes& codes) {
+  each_plane<BITS, HEAD_DIM>(section, [&]<int WIDTH, int LOW>(uint8_t* plane) {
+    constexpr int LANES = plane_lanes(HEAD_DIM, WIDTH);
+    const I mask = splat((1 << WIDTH) - 1);
+    for (int j = 0; j < LANES; j += 16) {
+      I words = splat(0);
+      SMARTKV_UNROLL
+      for (int part = 0; part < 8 / WIDTH; ++part) {
+        const I code = load_bytes(codes.at + j + part * LANES);
+        words = words | (((code >> LOW) & mask) << (part * WIDTH));
+      }
+      put_lanes<IS_V>(plane, LANES, slot, j, words);
     }
-  }
+  });
 }
 
-template <bool IS_V>
-inline void write_codes(uint8_t* section, int slot, int bits, int head_dim, const Codes& codes) {
-  const Planes planes = code_planes(bits);
-  for (int i = 0, low = 0; i < planes.count; low += planes.width[i++]) {
-    write_plane<IS_V>(section, slot, head_dim, planes.width[i], low, codes);
-    section += PAGE_SIZE * plane_lanes(head_dim, planes.width[i]);
-  }
+template <bool IS_V, int BITS, int HEAD_DIM>
+SMARTKV_INLINE void read_codes(const uint8_t* section, int slot, Codes& codes) {
+  each_plane<BITS, HEAD_DIM>(section, [&]<int WIDTH, int LOW>(const uint8_t* plane) {
+    constexpr int LANES = plane_lanes(HEAD_DIM, WIDTH);
+    const I mask = splat((1 << WIDTH) - 1), below = splat((1 << LOW) - 1);
+    I words[(LANES + 15) / 16];
+    for (int j = 0; j < LANES; j += 16) words[j / 16] = get_lanes<IS_V>(plane, LANES, slot, j);
+    // Ascending: what a vector writes past its lanes is overwritten by the next ones.
+    SMARTKV_UNROLL
+    for (int part = 0; part < 8 / WIDTH; ++part) {
+      for (int j = 0; j < LANES; j += 16) {
+        uint8_t* at = codes.at + part * LANES + j;
+        const I bits = ((words[j / 16] >> (part * WIDTH)) & mask) << LOW;
+        store_codes(at, LOW == 0 ? bits : (load_bytes(at) & below) | bits);
+      }
+    }
+  });
 }
 
-template <bool IS_V>
-inline void read_codes(const uint8_t* section, int slot, int bits, int head_dim, Codes& codes) {
-  const Planes planes = code_planes(bits);
-  for (int i = 0, low = 0; i < planes.count; low += planes.width[i++]) {
-    read_plane<IS_V>(section, slot, head_dim, planes.width[i], low, codes);
-    section += PAGE_SIZE * plane_lanes(head_dim, planes.width[i]);
-  }
+template <bool IS_V, int BITS, int HEAD_DIM>
+SMARTKV_INLINE void copy_codes(uint8_t* to, int to_slot, const uint8_t* from, int from_slot) {
+  each_plane<BITS, HEAD_DIM>(to, [&]<int WIDTH, int>(uint8_t* plane) {
+    copy_lanes<IS_V, plane_lanes(HEAD_DIM, WIDTH)>(plane, to_slot, from + (plane - to), from_slot);
+  });
 }
 
 template <class T>
@@ -143,25 +176,24 @@ struct Slot {
 
 // Moves a record between pages of one tier.
 inline void copy_record(const PageLayout& layout, Slot to, Slot from) {
-  const int64_t row = int64_t{layout.head_dim} * layout.itemsize;
-  for (int kind = 0; kind < 2; ++kind) {
-    int64_t start = kind == 0 ? layout.k_codes : layout.v_codes;
-    if (layout.bits == 16) {
-      __builtin_memcpy(to.page + start + to.index * row, from.page + start + from.index * row, row);
-      continue;
-    }
-    const Planes planes = code_planes(layout.bits);
-    for (int i = 0; i < planes.count; ++i) {
-      const int lanes = plane_lanes(layout.head_dim, planes.width[i]);
-      if (kind == 0) {
-        copy_lanes<false>(to.page + start, to.index, from.page + start, from.index, lanes);
-      } else {
-        copy_lanes<true>(to.page + start, to.index, from.page + start, from.index, lanes);
-      }
-      start += PAGE_SIZE * lanes;
-    }
-    const int64_t scale = kind == 0 ? layout.k_scale : layout.v_scale;
-    put(to.page + scale, to.index, get<uint16_t>(from.page + scale, from.index));
+  if (layout.bits == 16) {
+    const int64_t row = int64_t{layout.head_dim} * layout.itemsize;
+    uint8_t* into = to.page + to.index * row;
+    const uint8_t* out_of = from.page + from.index * row;
+    __builtin_memcpy(into + layout.k_codes, out_of + layout.k_codes, row);
+    __builtin_memcpy(into + layout.v_codes, out_of + layout.v_codes, row);
+  } else {
+    with_format(layout.bits, layout.head_dim, [&]<int BITS, int HEAD_DIM>() {
+      constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+      copy_codes<false, BITS, HEAD_DIM>(to.page + LAYOUT.k_codes, to.index,
+                                        from.page + LAYOUT.k_codes, from.index);
+      copy_codes<true, BITS, HEAD_DIM>(to.page + LAYOUT.v_codes, to.index,
+                                       from.page + LAYOUT.v_codes, from.index);
+      put(to.page + LAYOUT.k_scale, to.index,
+          get<uint16_t>(from.page + LAYOUT.k_scale, from.index));
+      put(to.page + LAYOUT.v_scale, to.index,
+          get<uint16_t>(from.page + LAYOUT.v_scale, from.index));
+    });
   }
   put(to.page + layout.position, to.index, get<int32_t>(from.page + layout.position, from.index));
   put(to.page + layout.score, to.index, get<uint16_t>(from.page + layout.score, from.index));
@@ -170,13 +202,15 @@ inline void copy_record(const PageLayout& layout, Slot to, Slot from) {
 // Encodes rotated vectors into a slot; position and score are left to the caller.
 inline void write_rotated(const PageLayout& layout, const Encoder& encoder, Slot slot,
                           const float* k, const float* v) {
-  Codes codes;
-  const uint16_t k_scale = encode(encoder, k, codes);
-  write_codes<false>(slot.page + layout.k_codes, slot.index, layout.bits, layout.head_dim, codes);
-  const uint16_t v_scale = encode(encoder, v, codes);
-  write_codes<true>(slot.page + layout.v_codes, slot.index, layout.bits, layout.head_dim, codes);
-  put(slot.page + layout.k_scale, slot.index, k_scale);
-  put(slot.page + layout.v_scale, slot.index, v_scale);
+  with_format(layout.bits, layout.head_dim, [&]<int BITS, int HEAD_DIM>() {
+    constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+    TokenCodes codes;
+    encode<BITS, HEAD_DIM>(encoder, {{k, v}}, codes);
+    write_codes<false, BITS, HEAD_DIM>(slot.page + LAYOUT.k_codes, slot.index, codes.at[0]);
+    write_codes<true, BITS, HEAD_DIM>(slot.page + LAYOUT.v_codes, slot.index, codes.at[1]);
+    put(slot.page + LAYOUT.k_scale, slot.index, stored_scale(codes.scale[0]));
+    put(slot.page + LAYOUT.v_scale, slot.index, stored_scale(codes.scale[1]));
+  });
 }
 
 // Writes K and V rows of the model's dtype into a slot of a raw or quantised page.
@@ -201,11 +235,16 @@ inline void write_rows(const PageLayout& layout, const Encoder& encoder, Slot sl
 // Rotated vectors of a quantised record.
 inline void read_rotated(const PageLayout& layout, const Encoder& encoder, Slot slot, float* k,
                          float* v) {
-  Codes codes;
-  read_codes<false>(slot.page + layout.k_codes, slot.index, layout.bits, layout.head_dim, codes);
-  decode(encoder, codes, get<uint16_t>(slot.page + layout.k_scale, slot.index), k);
-  read_codes<true>(slot.page + layout.v_codes, slot.index, layout.bits, layout.head_dim, codes);
-  decode(encoder, codes, get<uint16_t>(slot.page + layout.v_scale, slot.index), v);
+  with_format(layout.bits, layout.head_dim, [&]<int BITS, int HEAD_DIM>() {
+    constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+    Codes codes;
+    read_codes<false, BITS, HEAD_DIM>(slot.page + LAYOUT.k_codes, slot.index, codes);
+    const auto k_scale = get<uint16_t>(slot.page + LAYOUT.k_scale, slot.index);
+    decode<BITS, HEAD_DIM>(encoder, codes, k_scale, k);
+    read_codes<true, BITS, HEAD_DIM>(slot.page + LAYOUT.v_codes, slot.index, codes);
+    const auto v_scale = get<uint16_t>(slot.page + LAYOUT.v_scale, slot.index);
+    decode<BITS, HEAD_DIM>(encoder, codes, v_scale, v);
+  });
 }
 
 inline void write_label(const PageLayout& layout, Slot slot, int32_t position, uint16_t score) {

@@ -36,9 +36,9 @@ void test_layout() {
   }
 }
 
-template <bool IS_V>
-void test_packing(int bits, int head_dim) {
-  const int bytes = 64 * record_lanes(bits, head_dim);
+template <bool IS_V, int BITS, int HEAD_DIM>
+void test_packing() {
+  constexpr int bits = BITS, head_dim = HEAD_DIM, bytes = 64 * record_lanes(bits, head_dim);
   std::vector<uint8_t> section(bytes + 256, 0xa5);
   std::vector<Codes> written(64);
   for (int s = 63; s >= 0; --s) {
@@ -46,7 +46,7 @@ void test_packing(int bits, int head_dim) {
     for (int c = 0; c < head_dim; ++c) {
       written[s].at[c] = static_cast<uint8_t>(testing::random_int(0, (1 << bits) - 1));
     }
-    write_codes<IS_V>(section.data(), s, bits, head_dim, written[s]);
+    write_codes<IS_V, BITS, HEAD_DIM>(section.data(), s, written[s]);
   }
   for (int i = bytes; i < bytes + 256; ++i) CHECK(section[i] == 0xa5);
   TierCodec codec;
@@ -60,7 +60,7 @@ void test_packing(int bits, int head_dim) {
   }
   for (int s = 0; s < 64; ++s) {
     Codes codes;
-    read_codes<IS_V>(section.data(), s, bits, head_dim, codes);
+    read_codes<IS_V, BITS, HEAD_DIM>(section.data(), s, codes);
     for (int c = 0; c < head_dim; ++c) {
       CHECK(codes.at[c] == written[s].at[c], "bits %d head_dim %d", bits, head_dim);
       const float level = level_of(bits, Levels::GAUSSIAN, codes.at[c]);
@@ -186,8 +186,10 @@ int main() {
   test_layout();
   for (int head_dim : HEAD_DIMS) {
     for (int bits : {2, 3, 4, 8}) {
-      test_packing<false>(bits, head_dim);
-      test_packing<true>(bits, head_dim);
+      with_format(bits, head_dim, []<int BITS, int HEAD_DIM>() {
+        test_packing<false, BITS, HEAD_DIM>();
+        test_packing<true, BITS, HEAD_DIM>();
+      });
     }
     test_rotation(head_dim);
   }
