@@ -28,8 +28,9 @@ SMARTKV_INLINE CodeStream v_stream(const Tile& tile, int head_dim, const uint8_t
 
 // Whether integer products read the codes as an 8-bit section unpacked before.
 SMARTKV_INLINE bool is_unpacked(const AttentionRun& run, const Tile& tile, int lanes_per_load) {
+  const int bits = tile.bits, head_dim = run.p.cache.head_dim;
   return num_rows(run.p) > UNPACKED_ROWS ||
-         !is_regular(tile.bits, run.p.cache.head_dim, lanes_per_load);
+         (!is_regular(bits, head_dim, lanes_per_load) && !is_half(bits, head_dim, lanes_per_load));
 }
 
 // What the products of K (V) need beside the page.

@@ -248,8 +248,14 @@ inline void dot_v_rows(const TierCodec& codec, int bits, CodeStream stream, int 
   for (int r = 0; r < rows; r += step) {
     const int count = rows - r < step ? rows - r : step;
     with_products(bits, digits, count, [&]<int BITS, int DIGITS, int ROWS>() {
-      dot_v<BITS, DIGITS, ROWS>(Section<BITS>(stream, head_dim, V_LANES), levels, p.from_row(r),
-                                out + r * head_dim, head_dim);
+      const auto multiply = [&]<int KIND>() {
+        dot_v<KIND, DIGITS, ROWS>(Section<KIND>(stream, head_dim, V_LANES), levels, p.from_row(r),
+                                  out + r * head_dim, head_dim);
+      };
+      if constexpr (BITS == 3) {
+        if (is_half(bits, head_dim, V_LANES)) return multiply.template operator()<HALF_3>();
+      }
+      multiply.template operator()<BITS>();
     });
   }
 }

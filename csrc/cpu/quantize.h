@@ -9,6 +9,7 @@ inline void quantize_page(const QuantizeParams& p, const Encoder& encoder, int64
   const int64_t b = head / p.num_kv_heads, h = head % p.num_kv_heads;
   const int64_t num_pages = (p.kv_len + PAGE_SIZE - 1) / PAGE_SIZE;
   uint8_t* out = p.pages + (head * num_pages + page) * p.page_bytes;
+  if ((page + 1) * PAGE_SIZE > p.kv_len) __builtin_memset(out, 0, p.page_bytes);
   for (int s = 0; s < PAGE_SIZE; ++s) {
     const int64_t n = page * PAGE_SIZE + s;
     if (n >= p.kv_len) {

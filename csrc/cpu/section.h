@@ -88,6 +88,38 @@ struct CodeWords<3> {
   }
 };
 
+// 3 bits where the high plane of V has lanes for half a vector (head_dim 64): channel j + 8 of a
+// part lies one bit above channel j.
+constexpr int HALF_3 = -3;
+
+SMARTKV_INLINE I spread_half(const uint8_t* words) {
+#if defined(SMARTKV_AVX512)
+  const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  const __m512i twice = _mm512_broadcast_i32x8(eight);
+  return (I)_mm512_mask_srli_epi32(twice, 0xff00, twice, 1);
+#else
+  alignas(64) int32_t twice[16];
+  __builtin_memcpy(twice, words, 32);
+  __builtin_memcpy(twice + 8, words, 32);
+  I all = load_words(twice);
+  all.hi = all.hi >> 1;
+  return all;
+#endif
+}
+
+template <>
+struct CodeWords<HALF_3> {
+  static constexpr int PARTS = 4;
+  I low, high;
+
+  template <int PART>
+  SMARTKV_INLINE I part() const {
+    const I one = PART == 0 ? high << 2 : high >> (PART == 0 ? 0 : 2 * PART - 2);
+    const I mask = splat(0x03030303);
+    return ((low >> (2 * PART)) & mask) | (one & (mask ^ splat(-1)));
+  }
+};
+
 // Codes of one tile, K or V, in units of 16 tokens (K) or 4 tokens (V); a unit is `groups` loads,
 // and load j holds in part u the channels of group j + u * groups: four of K, sixteen of V.
 template <int BITS>
@@ -100,11 +132,14 @@ struct Section {
   SMARTKV_INLINE Section(CodeStream stream, int head_dim, int lanes_per_load)
       : codes(stream.codes),
         next(stream.next),
-        groups(plane_lanes(head_dim, BITS == 3 ? 1 : BITS) / lanes_per_load),
+        groups(BITS == HALF_3 ? 1 : plane_lanes(head_dim, BITS == 3 ? 1 : BITS) / lanes_per_load),
         high(int64_t{PAGE_SIZE} * plane_lanes(head_dim, 2)) {}
 
   SMARTKV_INLINE CodeWords<BITS> load(int unit, int j) const {
-    if constexpr (BITS == 3) {
+    if constexpr (BITS == HALF_3) {
+      return {load_words(codes + int64_t{unit} * 64),
+              spread_half(codes + high + int64_t{unit} * 32)};
+    } else if constexpr (BITS == 3) {
       const uint8_t* two = codes + (int64_t{unit} * 2 * groups + j) * 64;
       return {{load_words(two), load_words(two + groups * 64)},
               load_words(codes + high + (int64_t{unit} * groups + j) * 64)};
@@ -115,7 +150,7 @@ struct Section {
 
   // Called once per load: memory likes its lines in order, whatever the order of the loads.
   SMARTKV_INLINE void prefetch() {
-    constexpr int LINES = BITS == 3 ? 3 : 1;
+    constexpr int LINES = BITS == 3 ? 3 : BITS == HALF_3 ? 2 : 1;
     SMARTKV_UNROLL
     for (int i = 0; i < LINES; ++i) __builtin_prefetch(next + 64 * i, 0, 3);
     next += 64 * LINES;
@@ -123,6 +158,10 @@ struct Section {
 };
 
 constexpr int K_LANES = 4, V_LANES = 16;
+
+SMARTKV_INLINE bool is_half(int bits, int head_dim, int lanes_per_load) {
+  return bits == 3 && lanes_per_load == V_LANES && plane_lanes(head_dim, 1) * 2 == V_LANES;
+}
 
 // Whether the parts of every load are whole groups of channels. Else unpack_section comes first.
 SMARTKV_INLINE bool is_regular(int bits, int head_dim, int lanes_per_load) {
@@ -138,19 +177,22 @@ inline void unpack_section(const TierCodec& codec, CodeStream stream, uint8_t* o
   const auto put = [&](int unit, int group, I word) {
     store(reinterpret_cast<int32_t*>(out + (unit * per_unit + group) * 64), word);
   };
-  if (is_regular(BITS, codec.head_dim, LANES)) {
-    Section<BITS> section(stream, codec.head_dim, LANES);
+  const auto unpack = [&]<int KIND>() {
+    Section<KIND> section(stream, codec.head_dim, LANES);
     for (int unit = 0; unit < units; ++unit) {
       for (int j = 0; j < section.groups; ++j) {
-        const CodeWords<BITS> words = section.load(unit, j);
+        const CodeWords<KIND> words = section.load(unit, j);
         section.prefetch();
-        each<CodeWords<BITS>::PARTS>([&]<int PART>() {
+        each<CodeWords<KIND>::PARTS>([&]<int PART>() {
           put(unit, j + PART * section.groups,
-              levels.template of<BITS>(words.template part<PART>()));
+              levels.template of<KIND>(words.template part<PART>()));
         });
       }
     }
-    return;
+  };
+  if (is_regular(BITS, codec.head_dim, LANES)) return unpack.template operator()<BITS>();
+  if constexpr (BITS == 3 && LANES == V_LANES) {
+    if (is_half(BITS, codec.head_dim, LANES)) return unpack.template operator()<HALF_3>();
   }
   const CodeReader<BITS> reader(codec);
   alignas(64) int32_t words[2][MAX_HEAD_DIM + 32];

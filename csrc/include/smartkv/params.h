@@ -56,8 +56,7 @@ struct QuantizeParams {
   const float* k_mean;       // [batch, num_kv_heads, head_dim]
   const int32_t* positions;  // [batch, num_kv_heads, kv_len] contiguous
   const float* scores;       // [batch, num_kv_heads, kv_len] contiguous
-  uint8_t*
-      pages;  // [batch, num_kv_heads, ceil(kv_len / 64), page_bytes], zero-filled by the caller
+  uint8_t* pages;  // [batch, num_kv_heads, ceil(kv_len / 64), page_bytes], every byte is written
   int64_t page_bytes;
   int batch, num_kv_heads, head_dim, bits;
   int64_t kv_len;
