@@ -18,12 +18,12 @@ int64_t tier_tiles(const DecodeAttentionParams& p, int64_t head, int tier) {
   return (tier_length(p, head, tier) + PAGE_SIZE - 1) / PAGE_SIZE;
 }
 
-// Time of a tile, in units of packed bytes: measured, roughly. Dense tiles are transposed and
-// multiplied in fp32.
+// Time of a tile, in units of bytes: measured, roughly.
 int64_t tile_cost(const DecodeAttentionParams& p, int tier) {
   const int64_t values = int64_t{2} * PAGE_SIZE * p.cache.head_dim;
-  const bool dense = tier == p.cache.num_tiers || p.cache.tier_bits[tier] == 16;
-  return dense ? 4 * values : p.cache.page_bytes[tier] + values / 4;
+  const bool is_window = tier == p.cache.num_tiers;
+  const int64_t bytes = is_window ? values * dtype_size(p.q.dtype) : p.cache.page_bytes[tier];
+  return bytes + values / 4;
 }
 
 int64_t head_cost(const DecodeAttentionParams& p, int64_t head) {

@@ -10,7 +10,11 @@ SMARTKV_INLINE int digits_of(const AttentionRun& run, const Tile& tile) {
 SMARTKV_INLINE bool is_integer(const AttentionRun& run, const Tile& tile) {
   return digits_of(run, tile) > 0;
 }
-// Few rows multiply the packed codes directly.
+// Few rows multiply plain rows where they lie,
+SMARTKV_INLINE bool is_dense(const AttentionRun& run, const Tile& tile) {
+  return tile.bits == 16 && num_rows(run.p) <= DENSE_ROWS;
+}
+// and packed codes directly.
 SMARTKV_INLINE bool is_k_fused(const AttentionRun& run, const Tile& tile) {
   return tile.bits < 16 && num_rows(run.p) <= FUSED_ROWS;
 }
@@ -40,7 +44,7 @@ inline void load_k(const AttentionRun& run, const Tile& tile, const Workspace& w
   if (is_integer(run, tile)) {
     if (!is_unpacked(run, tile, K_LANES)) return;
     unpack_codes<K_LANES>(codec, k_stream(tile, fetch), reinterpret_cast<uint8_t*>(w.k_tile));
-  } else if (!is_k_fused(run, tile)) {
+  } else if (!is_k_fused(run, tile) && !is_dense(run, tile)) {
     decode_tile_k(tile, run.codecs, run.p.cache.head_dim, w.k_tile);
   }
 }
@@ -52,7 +56,7 @@ inline void load_v(const AttentionRun& run, const Tile& tile, const Workspace& w
     if (!is_unpacked(run, tile, V_LANES)) return;
     unpack_codes<V_LANES>(codec, v_stream(tile, head_dim, fetch),
                           reinterpret_cast<uint8_t*>(w.v_tile));
-  } else if (!is_v_fused(run, tile)) {
+  } else if (!is_v_fused(run, tile) && !is_dense(run, tile)) {
     decode_tile_v(tile, run.codecs, head_dim, w.v_tile);
   }
 }
@@ -93,6 +97,10 @@ inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Wo
     return true;
   }
   const float* q = tile.bits == 16 ? w.queries.plain : w.queries.rotated;
+  if (is_dense(run, tile)) {
+    dense_k_rows(tile.k, head_dim, block.count, q + block.begin * head_dim, scores);
+    return true;
+  }
   gemm<false>(
       {q + block.begin * head_dim, head_dim, w.k_tile, PAGE_SIZE, scores, PAGE_SIZE, head_dim},
       block.count, PAGE_SIZE);
@@ -116,6 +124,8 @@ inline void multiply_weights(const AttentionRun& run, const Tile& tile, const Wo
     dot_v_rows(run.codecs.at[tile.ref.tier], is_wide ? 8 : tile.bits,
                is_wide ? CodeStream{unpacked, unpacked} : v_stream(tile, head_dim, fetch),
                digits_of(run, tile), weights, batch.count, o);
+  } else if (is_dense(run, tile)) {
+    dense_v_rows(tile.v, tile.visible, head_dim, batch.count, batch.scores_at(t, 0), o);
   } else if (is_v_fused(run, tile)) {
     multiply_v_rows(run.codecs.at[tile.ref.tier], v_stream(tile, head_dim, fetch), batch.count,
                     batch.scores_at(t, 0), o);

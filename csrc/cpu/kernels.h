@@ -13,6 +13,7 @@
 #include "codec.h"
 #include "tile.h"
 #include "fused.h"
+#include "dense.h"
 #include "section.h"
 #include "dot.h"
 #include "digits.h"
