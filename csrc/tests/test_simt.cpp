@@ -125,6 +125,7 @@ void test_merge_states(DType dtype, int head_dim) {
 
 int main() {
   simt::self_test();
+  simt::tensor_test();
   for (DType dtype : {DType::FLOAT32, DType::BFLOAT16, DType::FLOAT16}) {
     for (int head_dim : HEAD_DIMS) test_merge_states(dtype, head_dim);
   }

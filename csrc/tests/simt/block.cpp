@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "simt/describe.h"
 #include "simt/fiber.h"
 
 namespace simt {
@@ -21,68 +22,6 @@ constexpr std::align_val_t SHARED_ALIGNMENT{128};
 // Warps keep their rank in the schedule for 32 turns on average. One warp then runs far ahead of
 // another, which shows a missing barrier; and a thread that spins on an atomic lets others by.
 constexpr int TURNS_PER_RANKING = 32;
-
-const char* name_of(Op op) {
-  constexpr const char* NAMES[] = {
-      "exit",
-      "an atomic",
-      "__syncthreads",
-      "__syncthreads_count",
-      "__syncthreads_and",
-      "__syncthreads_or",
-      "__syncwarp",
-      "__shfl_sync",
-      "__shfl_up_sync",
-      "__shfl_down_sync",
-      "__shfl_xor_sync",
-      "__ballot_sync",
-      "__any_sync",
-      "__all_sync",
-  };
-  return NAMES[static_cast<int>(op)];
-}
-
-bool is_barrier(Op op) { return op >= Op::SYNCTHREADS && op <= Op::SYNCTHREADS_OR; }
-bool is_shuffle(Op op) { return op >= Op::SHFL && op <= Op::SHFL_XOR; }
-
-bool same_place(const std::source_location& a, const std::source_location& b) {
-  return a.line() == b.line() && a.column() == b.column() &&
-         std::strcmp(a.file_name(), b.file_name()) == 0;
-}
-
-std::string hex(unsigned mask) {
-  char text[16];
-  std::snprintf(text, sizeof text, "0x%08x", mask);
-  return text;
-}
-
-std::string place(const std::source_location& where) {
-  const std::string path = where.file_name();
-  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(where.line());
-}
-
-std::string describe(const Request& request) {
-  if (request.op == Op::EXIT) return "exited";
-  std::string text = std::string("waits in ") + name_of(request.op);
-  if (!is_barrier(request.op)) text += " with mask " + hex(request.mask);
-  return text + " at " + place(request.where);
-}
-
-// The lane that a shuffle reads, as in the PTX manual; a lane whose source is out of reach reads
-// itself.
-int source_lane(const Request& request, int lane) {
-  const int first = lane & ~(request.width - 1), last = first + request.width - 1;
-  switch (request.op) {
-    case Op::SHFL:
-      return first | (request.operand & (request.width - 1));
-    case Op::SHFL_UP:
-      return lane - request.operand >= first ? lane - request.operand : lane;
-    case Op::SHFL_DOWN:
-      return lane + request.operand <= last ? lane + request.operand : lane;
-    default:
-      return (lane ^ request.operand) <= last ? lane ^ request.operand : lane;
-  }
-}
 
 struct Thread {
   Fiber fiber;
@@ -107,8 +46,11 @@ class Scheduler {
   void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
   uint64_t meet(const Request& request);
   void* shared_memory(const void* key, size_t bytes);
+  int thread_in_block() const;
+  void misuse(const std::string& what, const std::source_location& where);
 
   uint64_t seed = 0;
+  uint64_t block_serial = 0;
   size_t dynamic_shared_bytes = 0;
 
  private:
@@ -133,6 +75,7 @@ class Scheduler {
   std::vector<Warp> warps_;
   std::vector<int> ranking_;  // of the warps
   std::map<const void*, std::unique_ptr<unsigned char, SharedDeleter>> shared_;
+  std::string misuse_;
   int num_threads_ = 0, num_at_barrier_ = 0;
   uint64_t random_state_ = 0;
 };
@@ -188,6 +131,7 @@ void Scheduler::run_block() {
     threadIdx = current_->index;
     current_->request = {};  // EXIT, unless meet() says otherwise
     current_->fiber.resume();
+    if (!misuse_.empty()) fail(misuse_);
     accept(warp, lane);
   }
   unsigned at_collective = 0;
@@ -198,6 +142,8 @@ void Scheduler::run_block() {
 
 void Scheduler::start_block() {
   shared_.clear();
+  ++block_serial;
+  misuse_.clear();
   warps_.assign((num_threads_ + WARP_SIZE - 1) / WARP_SIZE, Warp{});
   for (int i = 0; i < num_threads_; ++i) {
     const unsigned n = static_cast<unsigned>(i);
@@ -280,7 +226,9 @@ void Scheduler::try_collective(int warp, int lane) {
   }
   for (int l = 0; l < WARP_SIZE; ++l) {
     const Request& other = thread(warp, l).request;
-    if (group >> l & 1 && (other.mask != request.mask || other.op != request.op)) {
+    const bool differs =
+        other.mask != request.mask || other.op != request.op || other.run != request.run;
+    if (group >> l & 1 && differs) {
       fail("lanes of warp " + std::to_string(warp) +
            " wait for each other in different calls: " + "lane " + std::to_string(lane) + " " +
            describe(request) + ", lane " + std::to_string(l) + " " + describe(other));
@@ -291,6 +239,15 @@ void Scheduler::try_collective(int warp, int lane) {
 
 void Scheduler::complete_collective(int warp, unsigned group) {
   unsigned ballot = 0;
+  const Request& first = thread(warp, std::countr_zero(group)).request;
+  if (first.op == Op::WARP) {
+    if (first.whole_warp && ~group != 0) fail("lanes are missing: a lane " + describe(first));
+    void* lanes[WARP_SIZE] = {};
+    for (int l = 0; l < WARP_SIZE; ++l) {
+      if (group >> l & 1) lanes[l] = thread(warp, l).request.lane_operand;
+    }
+    first.run(lanes);
+  }
   for (int l = 0; l < WARP_SIZE; ++l) {
     if (group >> l & 1 && thread(warp, l).request.value != 0) ballot |= 1u << l;
   }
@@ -343,6 +300,16 @@ uint64_t Scheduler::meet(const Request& request) {
   return self.result;
 }
 
+int Scheduler::thread_in_block() const {
+  return static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
+}
+
+// A fiber must not throw: the scheduler does, once the thread has given up its turn.
+void Scheduler::misuse(const std::string& what, const std::source_location& where) {
+  misuse_ = "thread " + std::to_string(thread_in_block()) + " at " + place(where) + ": " + what;
+  Fiber::suspend();
+}
+
 void* Scheduler::shared_memory(const void* key, size_t bytes) {
   auto& memory = shared_[key];
   if (memory == nullptr) {
@@ -360,6 +327,15 @@ void* shared_memory(const void* key, size_t bytes) { return scheduler.shared_mem
 
 void* dynamic_shared_memory() {
   return scheduler.shared_memory(nullptr, scheduler.dynamic_shared_bytes);
+}
+
+int thread_in_block() { return scheduler.thread_in_block(); }
+
+uint64_t block_serial() { return scheduler.block_serial; }
+
+void misuse(const std::string& what, const std::source_location& where) {
+  scheduler.misuse(what, where);
+  std::abort();  // a thread that misused the machine is never resumed
 }
 
 void set_seed(uint64_t seed) { scheduler.seed = seed; }

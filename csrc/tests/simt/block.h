@@ -9,6 +9,7 @@
 #include <functional>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 
 #include "simt/vector_types.h"
 
@@ -40,6 +41,7 @@ enum class Op {
   BALLOT,
   ANY,
   ALL,
+  WARP,  // what `run` does with the operands of all lanes
 };
 
 // Why a thread gave up its turn.
@@ -50,6 +52,11 @@ struct Request {
   uint64_t value;  // what is shuffled, or a predicate
   int operand;     // shuffles: lane, distance or lane mask
   int width;
+  // WARP: called once, with the operands of the 32 lanes; null for a lane that is not in the mask.
+  void (*run)(void* const* lanes) = nullptr;
+  void* lane_operand = nullptr;
+  const char* name = nullptr;
+  bool whole_warp = false;  // it is an error unless all 32 lanes take part
 };
 
 // Called by a thread. Returns once all who must meet have met, with what this thread gets from it.
@@ -59,6 +66,13 @@ uint64_t meet(const Request& request);
 // of 0xff: NaN as a float of any size, -1 as an integer.
 void* shared_memory(const void* key, size_t bytes);
 void* dynamic_shared_memory();
+
+// Which thread of the block runs, and a number that no other block of the process has.
+int thread_in_block();
+uint64_t block_serial();
+
+// Ends the launch with an Error that says where; called by a thread.
+[[noreturn]] void misuse(const std::string& what, const std::source_location& where);
 
 // The schedule of the launches from now on.
 void set_seed(uint64_t seed);

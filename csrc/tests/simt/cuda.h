@@ -1,6 +1,6 @@
 // CUDA C++ for an ordinary C++ compiler: the part of the language and of the runtime that our
 // kernels use. They include it through csrc/cuda/cuda_prelude.h.
-// cp.async, ldmatrix and mma go into a header of their own beside this one.
+// cp.async, ldmatrix and mma: simt/tensor.h.
 #pragma once
 
 #include <math.h>
@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
@@ -41,17 +42,24 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidC
 
 namespace simt {
 
-constexpr size_t MAX_DYNAMIC_SHARED = 48 << 10;  // more is asked for by cudaFuncSetAttribute
+constexpr size_t DEFAULT_DYNAMIC_SHARED = 48 << 10;  // more is asked for by cudaFuncSetAttribute
+constexpr size_t MAX_DYNAMIC_SHARED = 163 << 10;     // of sm_80
+constexpr int NUM_MULTIPROCESSORS = 3;
+
+// Granted by cudaFuncSetAttribute.
+inline std::map<const void*, size_t> dynamic_shared_of;
 
 inline cudaError_t last_error = cudaSuccess;
 
-inline cudaError_t check_shape(dim3 grid, dim3 block, size_t shared_bytes) {
+inline cudaError_t check_shape(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x == 0 || grid.y == 0 ||
       grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu) {
     return cudaErrorInvalidConfiguration;
   }
-  return shared_bytes > MAX_DYNAMIC_SHARED ? cudaErrorInvalidValue : cudaSuccess;
+  const auto granted = dynamic_shared_of.find(kernel);
+  const size_t most = granted == dynamic_shared_of.end() ? DEFAULT_DYNAMIC_SHARED : granted->second;
+  return shared_bytes > most ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...), done when it returns. What the launch is
@@ -60,7 +68,8 @@ template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             Args&&... args) {
   static_assert((!std::is_reference_v<Params> && ...), "a kernel takes its arguments by value");
-  const cudaError_t error = check_shape(grid, block, shared_bytes);
+  const cudaError_t error =
+      check_shape(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes);
   if (error != cudaSuccess) {
     last_error = error;
     return;
@@ -70,6 +79,30 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 }
 
 }  // namespace simt
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+template <typename... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int value) {
+  if (value < 0 || static_cast<size_t>(value) > simt::MAX_DYNAMIC_SHARED) {
+    return simt::last_error = cudaErrorInvalidValue;
+  }
+  simt::dynamic_shared_of[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::NUM_MULTIPROCESSORS
+                                                       : static_cast<int>(simt::MAX_DYNAMIC_SHARED);
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaPeekAtLastError() { return simt::last_error; }
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
@@ -90,6 +123,23 @@ inline int barrier(Op op, int predicate, const Place& where) {
 
 inline unsigned vote(Op op, unsigned mask, int predicate, const Place& where) {
   return static_cast<unsigned>(meet({op, where, mask, predicate != 0, 0, WARP_SIZE}));
+}
+
+// `run` sees the operands of all lanes that take part, and may change them: captureless, so that
+// its address says which call it is.
+template <typename T, typename F>
+void warp_operation(const char* name, unsigned mask, bool whole_warp, T& operand,
+                    const Place& where, F) {
+  Request request{Op::WARP, where, mask, 0, 0, WARP_SIZE};
+  request.run = [](void* const* lanes) {
+    T* typed[WARP_SIZE];
+    for (int l = 0; l < WARP_SIZE; ++l) typed[l] = static_cast<T*>(lanes[l]);
+    F()(typed);
+  };
+  request.lane_operand = &operand;
+  request.name = name;
+  request.whole_warp = whole_warp;
+  meet(request);
 }
 
 template <typename T>
@@ -155,6 +205,41 @@ inline int __all_sync(unsigned mask, int predicate, simt::Place where = simt::Pl
   return static_cast<int>(simt::vote(simt::Op::ALL, mask, predicate, where));
 }
 
+template <typename T>
+T __reduce_max_sync(unsigned mask, T value, simt::Place where = simt::Place::current()) {
+  static_assert(std::is_integral_v<T> && sizeof(T) == 4);
+  simt::warp_operation("__reduce_max_sync", mask, false, value, where, [](T* const* lanes) {
+    T top = 0;
+    bool first = true;
+    for (int l = 0; l < simt::WARP_SIZE; ++l) {
+      if (lanes[l] == nullptr) continue;
+      top = first ? *lanes[l] : std::max(top, *lanes[l]);
+      first = false;
+    }
+    for (int l = 0; l < simt::WARP_SIZE; ++l) {
+      if (lanes[l] != nullptr) *lanes[l] = top;
+    }
+  });
+  return value;
+}
+
+inline unsigned __match_any_sync(unsigned mask, unsigned value,
+                                 simt::Place where = simt::Place::current()) {
+  simt::warp_operation("__match_any_sync", mask, false, value, where, [](unsigned* const* lanes) {
+    unsigned same[simt::WARP_SIZE] = {};
+    for (int l = 0; l < simt::WARP_SIZE; ++l) {
+      for (int other = 0; other < simt::WARP_SIZE; ++other) {
+        const bool both = lanes[l] != nullptr && lanes[other] != nullptr;
+        if (both && *lanes[l] == *lanes[other]) same[l] |= 1u << other;
+      }
+    }
+    for (int l = 0; l < simt::WARP_SIZE; ++l) {
+      if (lanes[l] != nullptr) *lanes[l] = same[l];
+    }
+  });
+  return value;
+}
+
 // Atomics: other threads may have their turn before one
 
 namespace simt {
@@ -207,6 +292,18 @@ T atomicCAS(T* address, simt::Same<T> expected, simt::Same<T> value,
 
 // Arithmetic
 
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned choice = selector >> 4 * i & 15u;
+    unsigned byte = bytes >> 8 * (choice & 7) & 255u;
+    if (choice & 8) byte = byte & 0x80 ? 255u : 0u;
+    out |= byte << 8 * i;
+  }
+  return out;
+}
+inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }

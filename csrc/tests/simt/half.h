@@ -73,3 +73,13 @@ inline float2 __bfloat1622float2(__nv_bfloat162 v) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
+
+// Exact where the result is an integer below 2048, which is all that kernels use them for.
+inline __half2 __hadd2(__half2 a, __half2 b) {
+  return {__float2half_rn(__half2float(a.x) + __half2float(b.x)),
+          __float2half_rn(__half2float(a.y) + __half2float(b.y))};
+}
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return {__float2half_rn(__half2float(a.x) - __half2float(b.x)),
+          __float2half_rn(__half2float(a.y) - __half2float(b.y))};
+}

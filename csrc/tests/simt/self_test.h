@@ -4,5 +4,6 @@
 namespace simt {
 
 void self_test();
+void tensor_test();
 
 }  // namespace simt

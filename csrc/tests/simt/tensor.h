@@ -1,0 +1,31 @@
+// cp.async, ldmatrix, movmatrix and mma for an ordinary C++ compiler, with the lane layouts of the
+// PTX manual. Kernels reach them through csrc/cuda/ptx.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+namespace simt {
+
+using Place = std::source_location;
+
+// Copies 16 bytes (of which the first `bytes`, the others zero) once this thread waits for them.
+// Until then the destination is poisoned: whoever reads it too early, or still needs what was
+// there, is found out.
+void copy_async(void* shared, const void* global, size_t bytes, const Place& where);
+void commit_group();
+// Waits until at most `pending` groups of this thread are on their way.
+void wait_group(int pending);
+
+// Row addresses come from lanes 8i to 8i + 7 for matrix i; register i of a lane gets two elements.
+void load_matrices(unsigned* registers, int count, bool transposed, const void* row,
+                   const Place& where);
+unsigned transpose_matrix(unsigned value, const Place& where);
+
+enum class Element { FLOAT16, BFLOAT16 };
+
+// d += a * b: m16n8k16, row.col, float32 accumulators.
+void multiply(Element element, float* d, const unsigned* a, const unsigned* b, const Place& where);
+
+}  // namespace simt
