@@ -2,38 +2,17 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda_prelude.h"
-#include "merge_states.h"
-#include "smartkv/layout.h"
+#include "cuda_ops.h"
+#include "scalar.h"
 
 namespace smartkv {
 namespace {
 
-constexpr int WARP = 32;
 constexpr int WARPS_PER_BLOCK = 4;
 constexpr int64_t MAX_BLOCKS = 1 << 16;
 constexpr int CHANNELS_PER_LANE = MAX_HEAD_DIM / WARP;
 
 // Kernels
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename scalar_t>
-__device__ scalar_t from_float(float x);
-template <>
-__device__ float from_float(float x) {
-  return x;
-}
-template <>
-__device__ __half from_float(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 // Log-sum-exp over the states of a row, the same in all lanes; -inf where all states are empty.
 __device__ float merged_lse(const MergeStatesParams& p, int64_t row, int lane) {
@@ -98,8 +77,7 @@ const char* merge_states_cuda(const MergeStatesParams& params, void* stream) {
   if (params.dtype == DType::FLOAT32) launch<float>(params, cuda_stream);
   if (params.dtype == DType::BFLOAT16) launch<__nv_bfloat16>(params, cuda_stream);
   if (params.dtype == DType::FLOAT16) launch<__half>(params, cuda_stream);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace smartkv

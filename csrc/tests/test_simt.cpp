@@ -1,5 +1,5 @@
 // The CUDA kernels on the CPU, against double precision and against the CPU kernels.
-#include "merge_states.h"
+#include "cuda_ops.h"
 #include "simt/block.h"
 #include "simt/self_test.h"
 #include "testing.h"

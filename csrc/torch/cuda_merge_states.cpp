@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "merge_input.h"
-#include "merge_states.h"
+#include "cuda_ops.h"
 
 // Lives in libtorch_cuda. Weak, so that this build also loads on a CPU-only torch, where it is
 // null.

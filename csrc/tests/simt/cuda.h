@@ -26,6 +26,7 @@
 #define __device__
 #define __host__
 #define __constant__ static
+#define __noinline__ __attribute__((noinline))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 // No __shared__: SMARTKV_SHARED is poisoned, and checked by AddressSanitizer.
@@ -314,6 +315,11 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline int __float2int_rn(float x) { return static_cast<int>(nearbyintf(x)); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 template <typename T>

@@ -1,0 +1,167 @@
+// quantize_kv, dequantize_kv, append_kv and compact_kv on the shim: the bytes of the CPU kernels.
+#include "cuda_ops.h"
+#include "simt/block.h"
+#include "testing.h"
+
+using namespace smartkv;
+using testing::Cache;
+using testing::Dense;
+
+namespace {
+
+constexpr DType DTYPES[] = {DType::FLOAT32, DType::BFLOAT16, DType::FLOAT16};
+constexpr int NUM_SEEDS = 2;
+
+void check_launch(const char* error) { CHECK(error == nullptr, "%s", error); }
+
+// Memory for a launch: exactly as much as it asked for.
+struct Workspace {
+  std::vector<unsigned char> bytes;
+  explicit Workspace(size_t count) : bytes(count, 0xff) {}
+  void* data() { return bytes.data(); }
+};
+
+struct Labels {
+  std::vector<int32_t> positions;
+  std::vector<float> scores;
+
+  explicit Labels(int64_t count) : positions(count), scores(testing::normals(count)) {
+    for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(7 * i % 1000);
+  }
+};
+
+void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
+  Dense k(dtype, 2, 2, n, head_dim), v = k;
+  k.fill_normal();
+  v.fill_normal(3);
+  if (n > 2) {
+    for (int c = 0; c < head_dim; ++c) k.set(k.index(1, 1, 2) + c, 0);
+    for (int c = 0; c < head_dim; ++c) v.set(v.index(0, 0, 1) + c, 0);
+  }
+  const Labels labels(4 * n);
+  const std::vector<float> mean = testing::normals(4 * head_dim);
+  const int64_t num_pages = (n + PAGE_SIZE - 1) / PAGE_SIZE;
+  for (int bits : BITS) {
+    const PageLayout layout = page_layout(bits, head_dim, dtype_size(dtype));
+    std::vector<uint8_t> expected(4 * num_pages * layout.page_bytes, 0);
+    QuantizeParams p{k.view(),
+                     v.view(),
+                     mean.data(),
+                     labels.positions.data(),
+                     labels.scores.data(),
+                     expected.data(),
+                     layout.page_bytes,
+                     2,
+                     2,
+                     head_dim,
+                     bits,
+                     n,
+                     levels};
+    cpu_kernels().quantize_kv(p, testing::parallel());
+    Dense k_out(dtype, 2, 2, num_pages * PAGE_SIZE, head_dim), v_out = k_out;
+    DequantizeParams back{expected.data(),
+                          layout.page_bytes,
+                          mean.data(),
+                          k_out.bytes.data(),
+                          v_out.bytes.data(),
+                          dtype,
+                          2,
+                          2,
+                          head_dim,
+                          bits,
+                          num_pages,
+                          levels};
+    cpu_kernels().dequantize_kv(back, testing::parallel());
+    for (int seed = 0; seed < NUM_SEEDS; ++seed) {
+      simt::set_seed(seed);
+      std::vector<uint8_t> pages(expected.size(), 0);
+      p.pages = pages.data();
+      check_launch(quantize_kv_cuda(p, nullptr));
+      CHECK(pages == expected, "%d bits, head_dim %d, seed %d", bits, head_dim, seed);
+      Dense k_cuda(k_out), v_cuda(k_out);
+      back.k = k_cuda.bytes.data();
+      back.v = v_cuda.bytes.data();
+      check_launch(dequantize_kv_cuda(back, nullptr));
+      CHECK(k_cuda.bytes == k_out.bytes && v_cuda.bytes == v_out.bytes,
+            "%d bits, head_dim %d, seed %d", bits, head_dim, seed);
+    }
+  }
+}
+
+std::vector<int8_t> random_tiers(int64_t count, int low, int high) {
+  std::vector<int8_t> tiers(count);
+  for (int8_t& t : tiers) t = static_cast<int8_t>(testing::random_int(low, high));
+  return tiers;
+}
+
+void append_cuda(Cache& cache, const Dense& k, const Dense& v, const std::vector<int8_t>& tiers,
+                 const Labels& labels) {
+  const AppendParams p{cache.view(),         k.view(),     v.view(), labels.positions.data(),
+                       labels.scores.data(), tiers.data(), k.n};
+  Workspace workspace(append_kv_workspace(p));
+  check_launch(append_kv_cuda(p, workspace.data(), nullptr));
+}
+
+void test_append_and_compact(int head_dim, DType dtype, std::vector<int> bits, int keep_percent) {
+  const int num_tiers = static_cast<int>(bits.size());
+  Cache by_cpu(std::move(bits), 1, 2, head_dim, 4, dtype, Levels::GAUSSIAN);
+  Cache first = by_cpu;
+  std::vector<Dense> rows;
+  std::vector<std::vector<int8_t>> tiers;
+  for (int64_t n : {150, 1, 64}) {
+    rows.emplace_back(dtype, 1, 2, n, head_dim);
+    rows.back().fill_normal();
+    tiers.push_back(random_tiers(2 * n, -1, num_tiers - 1));
+  }
+  const Labels labels(300);
+  for (int i = 0; i < 3; ++i) {
+    by_cpu.append(cpu_kernels(), rows[i], rows[i], tiers[i], 0);
+    // The labels of Cache::append are its own: give both the same.
+  }
+  by_cpu = first;
+  for (int i = 0; i < 3; ++i) {
+    cpu_kernels().append_kv({by_cpu.view(), rows[i].view(), rows[i].view(), labels.positions.data(),
+                             labels.scores.data(), tiers[i].data(), rows[i].n},
+                            testing::parallel());
+  }
+  const int64_t capacity = by_cpu.max_pages * PAGE_SIZE;
+  std::vector<int8_t> targets(2 * num_tiers * capacity, 77);
+  for (int64_t list = 0; list < 2 * num_tiers; ++list) {
+    for (int64_t i = 0; i < by_cpu.seqlens[list]; ++i) {
+      const int tier = static_cast<int>(list % num_tiers);
+      const bool stays = testing::random_int(0, 99) < keep_percent;
+      targets[list * capacity + i] =
+          static_cast<int8_t>(stays ? tier : testing::random_int(-1, tier));
+    }
+  }
+  Cache compacted = by_cpu;
+  cpu_kernels().compact_kv({compacted.view(), targets.data()}, testing::parallel());
+  for (int seed = 0; seed < NUM_SEEDS; ++seed) {
+    simt::set_seed(seed);
+    Cache cache = first;
+    for (int i = 0; i < 3; ++i) append_cuda(cache, rows[i], rows[i], tiers[i], labels);
+    CHECK(cache.pools == by_cpu.pools && cache.seqlens == by_cpu.seqlens, "append: head_dim %d",
+          head_dim);
+    const CompactParams p{cache.view(), targets.data()};
+    Workspace workspace(compact_kv_workspace(p));
+    check_launch(compact_kv_cuda(p, workspace.data(), nullptr));
+    CHECK(cache.pools == compacted.pools && cache.seqlens == compacted.seqlens,
+          "compact: head_dim %d, keep %d", head_dim, keep_percent);
+  }
+}
+
+}  // namespace
+
+int main() {
+  int turn = 0;
+  for (int head_dim : HEAD_DIMS) {
+    for (int64_t n : {1, 65}) {
+      test_pages(head_dim, DTYPES[turn % 3], n, turn % 2 ? Levels::UNIFORM : Levels::GAUSSIAN);
+      ++turn;
+    }
+    test_append_and_compact(head_dim, DTYPES[turn % 3], {2, 3, 4, 8, 16}, 50);
+  }
+  test_append_and_compact(64, DType::BFLOAT16, {4}, 0);
+  test_append_and_compact(64, DType::BFLOAT16, {3, 16}, 100);
+  return testing::report("test_simt_cache");
+}
