@@ -58,6 +58,14 @@ __device__ __forceinline__ unsigned transpose_matrix(unsigned value) {
   return out;
 }
 
+// Byte i of the result is byte `selector nibble i & 7` of (low, high); with bit 3 set in the
+// nibble, eight copies of that byte's sign. Not __byte_perm, which drops bit 3.
+__device__ __forceinline__ unsigned permute_bytes(unsigned low, unsigned high, unsigned selector) {
+  unsigned out;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
+  return out;
+}
+
 #define SMARTKV_MMA(TYPE)                                                     \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE         \
                ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n" \
@@ -96,6 +104,9 @@ inline void load_matrices_transposed(unsigned (&r)[4], const void* row,
 }
 inline unsigned transpose_matrix(unsigned value, simt::Place where = simt::Place::current()) {
   return simt::transpose_matrix(value, where);
+}
+inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selector) {
+  return simt::permute_bytes(low, high, selector);
 }
 inline void multiply_fp16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                           simt::Place where = simt::Place::current()) {

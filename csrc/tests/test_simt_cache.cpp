@@ -1,7 +1,5 @@
 // quantize_kv, dequantize_kv, append_kv and compact_kv on the shim: the bytes of the CPU kernels.
-#include "cuda_ops.h"
-#include "simt/block.h"
-#include "testing.h"
+#include "cuda_table.h"
 
 using namespace smartkv;
 using testing::Cache;
@@ -12,14 +10,7 @@ namespace {
 constexpr DType DTYPES[] = {DType::FLOAT32, DType::BFLOAT16, DType::FLOAT16};
 constexpr int NUM_SEEDS = 2;
 
-void check_launch(const char* error) { CHECK(error == nullptr, "%s", error); }
-
-// Memory for a launch: exactly as much as it asked for.
-struct Workspace {
-  std::vector<unsigned char> bytes;
-  explicit Workspace(size_t count) : bytes(count, 0xff) {}
-  void* data() { return bytes.data(); }
-};
+const KernelTable CUDA = testing::cuda_table();
 
 struct Labels {
   std::vector<int32_t> positions;
@@ -76,12 +67,12 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
       simt::set_seed(seed);
       std::vector<uint8_t> pages(expected.size(), 0);
       p.pages = pages.data();
-      check_launch(quantize_kv_cuda(p, nullptr));
+      CUDA.quantize_kv(p, testing::parallel());
       CHECK(pages == expected, "%d bits, head_dim %d, seed %d", bits, head_dim, seed);
       Dense k_cuda(k_out), v_cuda(k_out);
       back.k = k_cuda.bytes.data();
       back.v = v_cuda.bytes.data();
-      check_launch(dequantize_kv_cuda(back, nullptr));
+      CUDA.dequantize_kv(back, testing::parallel());
       CHECK(k_cuda.bytes == k_out.bytes && v_cuda.bytes == v_out.bytes,
             "%d bits, head_dim %d, seed %d", bits, head_dim, seed);
     }
@@ -94,12 +85,11 @@ std::vector<int8_t> random_tiers(int64_t count, int low, int high) {
   return tiers;
 }
 
-void append_cuda(Cache& cache, const Dense& k, const Dense& v, const std::vector<int8_t>& tiers,
-                 const Labels& labels) {
-  const AppendParams p{cache.view(),         k.view(),     v.view(), labels.positions.data(),
-                       labels.scores.data(), tiers.data(), k.n};
-  Workspace workspace(append_kv_workspace(p));
-  check_launch(append_kv_cuda(p, workspace.data(), nullptr));
+void append(const KernelTable& kernels, Cache& cache, const Dense& rows,
+            const std::vector<int8_t>& tiers, const Labels& labels) {
+  kernels.append_kv({cache.view(), rows.view(), rows.view(), labels.positions.data(),
+                     labels.scores.data(), tiers.data(), rows.n},
+                    testing::parallel());
 }
 
 void test_append_and_compact(int head_dim, DType dtype, std::vector<int> bits, int keep_percent) {
@@ -114,16 +104,7 @@ void test_append_and_compact(int head_dim, DType dtype, std::vector<int> bits, i
     tiers.push_back(random_tiers(2 * n, -1, num_tiers - 1));
   }
   const Labels labels(300);
-  for (int i = 0; i < 3; ++i) {
-    by_cpu.append(cpu_kernels(), rows[i], rows[i], tiers[i], 0);
-    // The labels of Cache::append are its own: give both the same.
-  }
-  by_cpu = first;
-  for (int i = 0; i < 3; ++i) {
-    cpu_kernels().append_kv({by_cpu.view(), rows[i].view(), rows[i].view(), labels.positions.data(),
-                             labels.scores.data(), tiers[i].data(), rows[i].n},
-                            testing::parallel());
-  }
+  for (int i = 0; i < 3; ++i) append(cpu_kernels(), by_cpu, rows[i], tiers[i], labels);
   const int64_t capacity = by_cpu.max_pages * PAGE_SIZE;
   std::vector<int8_t> targets(2 * num_tiers * capacity, 77);
   for (int64_t list = 0; list < 2 * num_tiers; ++list) {
@@ -139,12 +120,10 @@ void test_append_and_compact(int head_dim, DType dtype, std::vector<int> bits, i
   for (int seed = 0; seed < NUM_SEEDS; ++seed) {
     simt::set_seed(seed);
     Cache cache = first;
-    for (int i = 0; i < 3; ++i) append_cuda(cache, rows[i], rows[i], tiers[i], labels);
+    for (int i = 0; i < 3; ++i) append(CUDA, cache, rows[i], tiers[i], labels);
     CHECK(cache.pools == by_cpu.pools && cache.seqlens == by_cpu.seqlens, "append: head_dim %d",
           head_dim);
-    const CompactParams p{cache.view(), targets.data()};
-    Workspace workspace(compact_kv_workspace(p));
-    check_launch(compact_kv_cuda(p, workspace.data(), nullptr));
+    CUDA.compact_kv({cache.view(), targets.data()}, testing::parallel());
     CHECK(cache.pools == compacted.pools && cache.seqlens == compacted.seqlens,
           "compact: head_dim %d, keep %d", head_dim, keep_percent);
   }

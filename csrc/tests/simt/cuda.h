@@ -293,17 +293,6 @@ T atomicCAS(T* address, simt::Same<T> expected, simt::Same<T> value,
 
 // Arithmetic
 
-inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
-  const uint64_t bytes = uint64_t{high} << 32 | low;
-  unsigned out = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned choice = selector >> 4 * i & 15u;
-    unsigned byte = bytes >> 8 * (choice & 7) & 255u;
-    if (choice & 8) byte = byte & 0x80 ? 255u : 0u;
-    out |= byte << 8 * i;
-  }
-  return out;
-}
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }

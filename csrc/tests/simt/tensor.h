@@ -23,6 +23,19 @@ void load_matrices(unsigned* registers, int count, bool transposed, const void* 
                    const Place& where);
 unsigned transpose_matrix(unsigned value, const Place& where);
 
+// prmt, with the replicated sign.
+inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned choice = selector >> 4 * i & 15u;
+    unsigned byte = bytes >> 8 * (choice & 7) & 255u;
+    if (choice & 8) byte = byte & 0x80 ? 255u : 0u;
+    out |= byte << 8 * i;
+  }
+  return out;
+}
+
 enum class Element { FLOAT16, BFLOAT16 };
 
 // d += a * b: m16n8k16, row.col, float32 accumulators.

@@ -146,7 +146,7 @@ __global__ void match_and_reduce(const unsigned* in, unsigned* same, unsigned* t
   const int lane = threadIdx.x;
   same[lane] = __match_any_sync(~0u, in[lane]);
   top[lane] = __reduce_max_sync(~0u, in[lane]);
-  perm[lane] = __byte_perm(0x83828180u, 0x07060504u, 0xc840u + in[lane]);
+  perm[lane] = smartkv::permute_bytes(0x83828180u, 0x07060504u, 0xc840u + in[lane]);
 }
 
 void test_warp_values() {
