@@ -8,43 +8,17 @@
 #include <tuple>
 #include <vector>
 
+#include "smartkv/upgrade_path.h"
+
 namespace smartkv {
 namespace {
-
-// One step of the convex hull from "evicted" through the tiers.
-struct Step {
-  int tier;
-  int64_t bytes;  // beyond the step before
-  double slope;   // distortion removed per byte
-};
-
-std::vector<Step> upgrade_path(const SelectParams& p) {
-  std::vector<Step> path;
-  int tier = -1;
-  int64_t bytes = 0;
-  double error = p.evict_distortion;
-  while (true) {
-    Step best{-1, 0, 0.0};
-    for (int t = tier + 1; t < p.num_tiers; ++t) {
-      const double slope = (error - p.distortion[t]) / static_cast<double>(p.page_bytes[t] - bytes);
-      if (slope > 0 && (best.tier < 0 || slope > best.slope)) {
-        best = {t, p.page_bytes[t] - bytes, slope};
-      }
-    }
-    if (best.tier < 0) return path;
-    path.push_back(best);
-    tier = best.tier;
-    bytes = p.page_bytes[tier];
-    error = p.distortion[tier];
-  }
-}
 
 using Pages = int64_t[MAX_TIERS];
 
 // Pages to buy per tier. eligible[t] tokens may take tier t: those not in a lower one already. A
 // page above the reach of some tokens is bought only where the others fill it: an open slot in it
 // is lost to the rest.
-void plan_pages(const SelectParams& p, const std::vector<Step>& path, const Pages& eligible,
+void plan_pages(const SelectParams& p, const UpgradePath& path, const Pages& eligible,
                 int64_t budget, Pages& pages) {
   const int64_t num_tokens = eligible[0];
   Pages limit = {}, taken_up = {};  // blocks that may be, and are, at this tier or above
@@ -53,21 +27,21 @@ void plan_pages(const SelectParams& p, const std::vector<Step>& path, const Page
   }
   const int64_t num_blocks = (num_tokens + PAGE_SIZE - 1) / PAGE_SIZE;
   std::vector<std::tuple<double, int64_t, int>> upgrades;
-  upgrades.reserve(num_blocks * path.size());
+  upgrades.reserve(num_blocks * path.count);
   for (int64_t block = 0; block < num_blocks; ++block) {
     double weight = 0.0;
     const int64_t end = std::min((block + 1) * PAGE_SIZE, num_tokens);
     for (int64_t rank = block * PAGE_SIZE; rank < end; ++rank) {
       weight += 1.0 / (static_cast<double>(rank) + p.zipf_offset);
     }
-    for (size_t step = 0; step < path.size(); ++step) {
-      upgrades.emplace_back(-weight * path[step].slope, block, static_cast<int>(step));
+    for (int step = 0; step < path.count; ++step) {
+      upgrades.emplace_back(-weight * path[step].slope, block, step);
     }
   }
   std::sort(upgrades.begin(), upgrades.end());
   std::vector<int> level(num_blocks, 0);  // upgrades taken per block
   for (const auto& [gain, block, step] : upgrades) {
-    const int from = step > 0 ? path[step - 1].tier + 1 : 0;
+    const int from = path.from_tier(step);
     bool fits = level[block] == step && path[step].bytes <= budget;
     for (int t = from; t <= path[step].tier; ++t) fits = fits && taken_up[t] < limit[t];
     if (!fits) continue;
@@ -148,7 +122,7 @@ struct Placer {
   }
 };
 
-void select_group(const SelectParams& p, const std::vector<Step>& path, int64_t group) {
+void select_group(const SelectParams& p, const UpgradePath& path, int64_t group) {
   std::fill_n(p.tiers + group * p.heads * p.n, p.heads * p.n, int8_t{-1});
   const std::vector<uint64_t> order = ranked_tokens(p, group);
   Placer placer(p, group);
@@ -176,8 +150,8 @@ void select_group(const SelectParams& p, const std::vector<Step>& path, int64_t 
 void select_kv_cpu(const SelectParams& params, const Parallel& parallel) {
   struct Context {
     const SelectParams& params;
-    std::vector<Step> path;
-  } context{params, upgrade_path(params)};
+    UpgradePath path;
+  } context{params, make_upgrade_path(params)};
   parallel.run(params.groups, &context, [](void* opaque, int64_t begin, int64_t end) {
     const Context& c = *static_cast<const Context*>(opaque);
     for (int64_t group = begin; group < end; ++group) select_group(c.params, c.path, group);

@@ -131,13 +131,6 @@ bool is_aligned(const HeadsView& x) {
          x.stride_h * size % 16 == 0 && x.stride_n * size % 16 == 0;
 }
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
 }  // namespace
 
 // Fills a run; returns the bytes of the workspace that it points into.
@@ -145,8 +138,10 @@ static size_t fill_run(const DecodeAttentionParams& p, uintptr_t workspace, Atte
   const int64_t head_dim = p.cache.head_dim;
   run.p = p;
   run.num_rows = static_cast<int>(p.num_heads / p.cache.num_kv_heads * p.q_len);
-  // Two row tiles of float32, or of 256 channels, would not fit into the registers.
-  const bool one_tile = run.num_rows <= 8 || head_dim > 128 || p.q.dtype == DType::FLOAT32;
+  // Two row tiles of float32, of 256 channels or with the odd planes of 80 would not fit into the
+  // registers.
+  const bool one_tile = run.num_rows <= 8 || !has_two_row_tiles(static_cast<int>(head_dim)) ||
+                        p.q.dtype == DType::FLOAT32;
   run.rows_per_block = one_tile ? 8 : 16;
   run.row_blocks = (run.num_rows + run.rows_per_block - 1) / run.rows_per_block;
   run.heads = int64_t{p.cache.batch} * p.cache.num_kv_heads;

@@ -18,6 +18,8 @@ constexpr int MAX_TERMS = 3;                              // float32 = a sum of 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
+constexpr bool has_two_row_tiles(int head_dim) { return head_dim <= 128 && head_dim != 80; }
+
 // Levels of a tier as bytes, for lookups by permute_bytes. 4 bits: magnitudes of the levels of
 // codes 0 to 7 (negative) and 8 to 15. Fewer: level + 128.
 struct LevelBytes {

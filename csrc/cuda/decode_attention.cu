@@ -310,7 +310,7 @@ void launch_attention(const AttentionRun& run, cudaStream_t stream) {
   SMARTKV_HEAD_DIM_SWITCH(run.p.cache.head_dim, [&] {
     if (run.p.q.dtype == DType::FLOAT32) {
       launch_parts<HEAD_DIM, 1, true>(run, stream);
-    } else if constexpr (HEAD_DIM <= 128) {
+    } else if constexpr (has_two_row_tiles(HEAD_DIM)) {
       run.rows_per_block == 8 ? launch_parts<HEAD_DIM, 1, false>(run, stream)
                               : launch_parts<HEAD_DIM, 2, false>(run, stream);
     } else {

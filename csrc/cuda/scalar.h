@@ -128,6 +128,14 @@ __device__ __forceinline__ float max_lanes(float x) {
     }                                  \
   }()
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
 // What a launcher returns: nullptr, or why the launch failed.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();

@@ -41,7 +41,9 @@ inline smartkv::KernelTable cuda_table() {
   table.compact_kv = WITH_WORKSPACE<compact_kv_workspace, compact_kv_cuda>;
   table.decode_attention = WITH_WORKSPACE<decode_attention_workspace, decode_attention_cuda>;
   table.attention_mass = WITH_WORKSPACE<attention_mass_workspace, attention_mass_cuda>;
+  table.select_kv = WITH_WORKSPACE<select_kv_workspace, select_kv_cuda>;
   table.merge_states = WITHOUT_WORKSPACE<merge_states_cuda>;
+  table.gate_score = WITHOUT_WORKSPACE<gate_score_cuda>;
   return table;
 }
 

@@ -1,0 +1,322 @@
+// gate_score on CUDA. Many tokens of 16 bits: weights as bfloat16 in shared memory, activations in
+// registers, products on the tensor cores. Few tokens, or float32: every weight is read once per
+// eight tokens, products in float32.
+#include <algorithm>
+
+#include "cuda_ops.h"
+#include "ptx.h"
+#include "scalar.h"
+
+namespace smartkv {
+namespace {
+
+constexpr int MAX_LAYERS = 64;  // per launch: their views are arguments of the kernel
+constexpr int WARPS_PER_BLOCK = 8;
+constexpr int THREADS = WARP * WARPS_PER_BLOCK;
+constexpr int WARP_TOKENS = 16;
+constexpr int TILE_TOKENS = WARP_TOKENS * WARPS_PER_BLOCK;
+constexpr int FEW_TOKENS = 8;    // of a block of the float32 kernel
+constexpr int MANY_TOKENS = 32;  // from here on the tensor cores are faster
+constexpr int ROW_PADDING = 8;   // elements, against bank conflicts
+constexpr int MAX_HIDDEN = 256;  // of the first layer, in registers
+
+struct KeyViews {
+  HeadsView of_layer[MAX_LAYERS];
+};
+
+// Kernels
+
+// Of the (layer, batch, head) that blockIdx.y names.
+struct Item {
+  int layer, batch, head;
+  int64_t gate;  // index in weights and biases
+};
+
+__device__ __forceinline__ Item item_of_block(const GateScoreParams& p, int first_layer) {
+  const int head = static_cast<int>(blockIdx.y) % p.num_kv_heads;
+  const int batch = static_cast<int>(blockIdx.y) / p.num_kv_heads % p.batch;
+  const int layer = static_cast<int>(blockIdx.y) / p.num_kv_heads / p.batch;
+  return {layer, batch, head, int64_t{first_layer + layer} * p.num_kv_heads + head};
+}
+
+__device__ __forceinline__ float* scores_of(const GateScoreParams& p, const Item& item,
+                                            int first_layer) {
+  const int64_t row =
+      (int64_t{first_layer + item.layer} * p.batch + item.batch) * p.num_kv_heads + item.head;
+  return p.scores + row * p.kv_len;
+}
+
+// A warp per output of a layer, for up to eight tokens. Shared memory: two buffers of
+// [8, widest layer] floats. grid_shape: [blocks of eight tokens, layers * batch * num_kv_heads].
+__global__ void __launch_bounds__(THREADS)
+    gate_score_few_kernel(GateScoreParams p, KeyViews views, int first_layer, int width) {
+  SMARTKV_DYNAMIC_SHARED(buffers, float);
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const Item item = item_of_block(p, first_layer);
+  const HeadsView& keys = views.of_layer[item.layer];
+  const int64_t first = int64_t{blockIdx.x} * FEW_TOKENS;
+  const int count = static_cast<int>(min(p.kv_len - first, int64_t{FEW_TOKENS}));
+  float *x = buffers, *y = buffers + FEW_TOKENS * width;
+  for (int i = threadIdx.x; i < FEW_TOKENS * p.sizes[0]; i += THREADS) {
+    const int token = i / p.sizes[0], c = i % p.sizes[0];
+    x[token * width + c] =
+        token < count
+            ? load_value(row_of(keys, item.batch, item.head, first + token), keys.dtype, c)
+            : 0.0f;
+  }
+  for (int layer = 0; layer < p.num_linear; ++layer) {
+    const int in = p.sizes[layer], out = p.sizes[layer + 1];
+    __syncthreads();
+    for (int o = warp; o < out; o += WARPS_PER_BLOCK) {
+      const float* const weight = p.weights[layer] + (item.gate * out + o) * in;
+      float sum[FEW_TOKENS] = {};
+      for (int i = lane; i < in; i += WARP) {
+        const float w = weight[i];
+#pragma unroll
+        for (int token = 0; token < FEW_TOKENS; ++token) {
+          sum[token] = fmaf(w, x[token * width + i], sum[token]);
+        }
+      }
+      const float bias = p.biases[layer][item.gate * out + o];
+#pragma unroll
+      for (int token = 0; token < FEW_TOKENS; ++token) {
+        const float value = sum_lanes<WARP>(sum[token]) + bias;
+        if (lane == token)
+          y[token * width + o] = layer + 1 < p.num_linear ? fmaxf(value, 0) : value;
+      }
+    }
+    float* const swap = x;
+    x = y;
+    y = swap;
+  }
+  __syncthreads();
+  if (threadIdx.x < static_cast<unsigned>(count)) {
+    scores_of(p, item, first_layer)[first + threadIdx.x] = x[threadIdx.x * width];
+  }
+}
+
+__device__ __forceinline__ unsigned pack_bf16(float a, float b) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(a)) |
+         static_cast<unsigned>(__bfloat16_as_ushort(__float2bfloat16_rn(b))) << 16;
+}
+
+// The shared memory of the tensor core kernel, in bytes; `rows` outputs of the last hidden layer.
+template <int HIDDEN>
+struct GateLayout {
+  int in_row, weights, last_weights, biases, bytes;
+
+  constexpr GateLayout(int head_dim, int rows)
+      : in_row(head_dim + ROW_PADDING),
+        weights(0),
+        last_weights(HIDDEN * in_row * 2),
+        biases(last_weights + rows * (HIDDEN + ROW_PADDING) * 2),
+        bytes(biases + (2 * HIDDEN + 2 * rows) * 4) {}
+};
+
+// Rows [0, rows) of a weight (out, in) as bfloat16, zeros where it has none.
+__device__ __forceinline__ void load_weights(uint16_t* to, int row_elements, int rows, int columns,
+                                             const float* from, int out, int in) {
+  for (int i = threadIdx.x; i < rows * columns; i += THREADS) {
+    const int row = i / columns, column = i % columns;
+    const float value = row < out && column < in ? from[int64_t{row} * in + column] : 0.0f;
+    to[row * row_elements + column] = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
+}
+
+__device__ __forceinline__ void load_floats(float* to, int count, const float* from, int have) {
+  for (int i = threadIdx.x; i < count; i += THREADS) to[i] = i < have ? from[i] : 0.0f;
+}
+
+// Operand B for 16 outputs from `output` and 16 inputs from `input`: two tiles of 8 outputs.
+__device__ __forceinline__ void load_operand(unsigned (&b)[4], const uint16_t* weights,
+                                             int row_elements, int output, int input) {
+  const int lane = threadIdx.x % WARP, matrix = lane / 8;
+  load_matrices(
+      b, weights + (output + lane % 8 + matrix / 2 * 8) * row_elements + input + matrix % 2 * 8);
+}
+
+__device__ __forceinline__ void multiply_pair(float (&sum)[2][4], const unsigned (&a)[4],
+                                              const unsigned (&b)[4]) {
+  const unsigned low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+  multiply_bf16(sum[0], a, low);
+  multiply_bf16(sum[1], a, high);
+}
+
+// Four results of 16 tokens by 8 outputs, plus bias, and no less than 0.
+__device__ __forceinline__ void activate(float (&x)[4], const float* bias) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = fmaxf(x[i] + bias[2 * t + i % 2], 0.0f);
+}
+
+// What the last layer makes of them, for the tokens g and g + 8.
+__device__ __forceinline__ void add_scores(float (&score)[2], const float (&x)[4],
+                                           const float* weight) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) score[i / 2] = fmaf(x[i], weight[2 * t + i % 2], score[i / 2]);
+}
+
+// A warp per 16 tokens. Only `rows` outputs of the last hidden layer, from `first_row`, have their
+// weights in shared memory: the launches for the others add to the scores.
+// grid_shape: [parts of the tokens, layers * batch * num_kv_heads].
+template <int HEAD_DIM, int HIDDEN>
+__global__ void __launch_bounds__(THREADS)
+    gate_score_kernel(GateScoreParams p, KeyViews views, int first_layer, int first_row, int rows) {
+  SMARTKV_DYNAMIC_SHARED(shared, unsigned char);
+  constexpr int CHUNKS = HEAD_DIM / 16, HIDDEN_CHUNKS = HIDDEN / 16;
+  const bool has_two = p.num_linear == 3;
+  const GateLayout<HIDDEN> layout(HEAD_DIM, has_two ? rows : 0);
+  auto* const weights = reinterpret_cast<uint16_t*>(shared + layout.weights);
+  auto* const last_weights = reinterpret_cast<uint16_t*>(shared + layout.last_weights);
+  auto* const bias = reinterpret_cast<float*>(shared + layout.biases);
+  float* const head = bias + HIDDEN;  // weights of the last layer
+  float *const last_bias = head + HIDDEN, *const last_head = last_bias + rows;
+  constexpr int LAST_ROW = HIDDEN + ROW_PADDING;
+
+  const Item item = item_of_block(p, first_layer);
+  const HeadsView& keys = views.of_layer[item.layer];
+  const int hidden = p.sizes[1];
+  load_weights(weights, layout.in_row, HIDDEN, HEAD_DIM,
+               p.weights[0] + item.gate * hidden * HEAD_DIM, hidden, HEAD_DIM);
+  load_floats(bias, HIDDEN, p.biases[0] + item.gate * hidden, hidden);
+  if (has_two) {
+    const int last = p.sizes[2], have = min(rows, last - first_row);
+    const int64_t at = item.gate * last + first_row;
+    load_weights(last_weights, LAST_ROW, rows, HIDDEN, p.weights[1] + at * hidden, have, hidden);
+    load_floats(last_bias, rows, p.biases[1] + at, have);
+    load_floats(last_head, rows, p.weights[2] + at, have);
+  } else {
+    load_floats(head, HIDDEN, p.weights[1] + item.gate * hidden, hidden);
+  }
+  __syncthreads();
+
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const int64_t tiles = (p.kv_len + TILE_TOKENS - 1) / TILE_TOKENS;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t first = tile * TILE_TOKENS + threadIdx.x / WARP * WARP_TOKENS;
+    if (first >= p.kv_len) continue;
+    unsigned x[CHUNKS][4];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int64_t n = first + g + 8 * row;
+      const char* const key = row_of(keys, item.batch, item.head, n < p.kv_len ? n : first);
+#pragma unroll
+      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int c = chunk * 16 + 8 * half + 2 * t;
+          x[chunk][row + 2 * half] =
+              pack_bf16(load_value(key, keys.dtype, c), load_value(key, keys.dtype, c + 1));
+        }
+      }
+    }
+    float score[2] = {};
+    unsigned y[HIDDEN_CHUNKS][4];
+#pragma unroll
+    for (int out = 0; out < HIDDEN_CHUNKS; ++out) {
+      float sum[2][4] = {};
+#pragma unroll
+      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        unsigned b[4];
+        load_operand(b, weights, layout.in_row, out * 16, chunk * 16);
+        multiply_pair(sum, x[chunk], b);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        activate(sum[i], bias + out * 16 + 8 * i);
+        if (!has_two) add_scores(score, sum[i], head + out * 16 + 8 * i);
+        y[out][2 * i] = pack_bf16(sum[i][0], sum[i][1]);
+        y[out][2 * i + 1] = pack_bf16(sum[i][2], sum[i][3]);
+      }
+    }
+    for (int out = 0; has_two && out < rows; out += 16) {
+      float sum[2][4] = {};
+#pragma unroll
+      for (int chunk = 0; chunk < HIDDEN_CHUNKS; ++chunk) {
+        unsigned b[4];
+        load_operand(b, last_weights, LAST_ROW, out, chunk * 16);
+        multiply_pair(sum, y[chunk], b);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        activate(sum[i], last_bias + out + 8 * i);
+        add_scores(score, sum[i], last_head + out + 8 * i);
+      }
+    }
+    float* const scores = scores_of(p, item, first_layer);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float sum = sum_lanes<4>(score[row]);
+      const int64_t n = first + g + 8 * row;
+      if (t != 0 || n >= p.kv_len) continue;
+      scores[n] = sum + (first_row == 0 ? p.biases[p.num_linear - 1][item.gate] : scores[n]);
+    }
+  }
+}
+
+// Kernel launchers
+
+const char* launch_few(const GateScoreParams& p, const KeyViews& views, int first_layer, int layers,
+                       cudaStream_t stream) {
+  int width = 0;
+  for (int i = 0; i <= p.num_linear; ++i) width = std::max(width, p.sizes[i]);
+  const int64_t bytes = int64_t{2} * FEW_TOKENS * width * sizeof(float);
+  if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+    return "a layer of the gate is too wide for the shared memory of this GPU";
+  }
+  cudaFuncSetAttribute(gate_score_few_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(bytes));
+  const dim3 grid(static_cast<unsigned>((p.kv_len + FEW_TOKENS - 1) / FEW_TOKENS),
+                  static_cast<unsigned>(layers * p.batch * p.num_kv_heads));
+  SMARTKV_LAUNCH(gate_score_few_kernel, grid, THREADS, bytes, stream, p, views, first_layer, width);
+  return launch_error();
+}
+
+template <int HEAD_DIM, int HIDDEN>
+void launch_many(const GateScoreParams& p, const KeyViews& views, int first_layer, int layers,
+                 cudaStream_t stream) {
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int last = p.num_linear == 3 ? (p.sizes[2] + 15) / 16 * 16 : 16;
+  int rows = last;
+  while (rows > 16 && GateLayout<HIDDEN>(HEAD_DIM, rows).bytes > most)
+    rows = (rows / 2 + 15) / 16 * 16;
+  const int bytes = GateLayout<HIDDEN>(HEAD_DIM, p.num_linear == 3 ? rows : 0).bytes;
+  const auto kernel = gate_score_kernel<HEAD_DIM, HIDDEN>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const int64_t items = int64_t{layers} * p.batch * p.num_kv_heads;
+  const int64_t tiles = (p.kv_len + TILE_TOKENS - 1) / TILE_TOKENS;
+  const int64_t wanted = (device_attribute(cudaDevAttrMultiProcessorCount) + items - 1) / items;
+  const dim3 grid(static_cast<unsigned>(std::min(tiles, wanted)), static_cast<unsigned>(items));
+  for (int first_row = 0; first_row < last; first_row += rows) {
+    SMARTKV_LAUNCH(kernel, grid, THREADS, static_cast<size_t>(bytes), stream, p, views, first_layer,
+                   first_row, rows);
+  }
+}
+
+}  // namespace
+
+const char* gate_score_cuda(const GateScoreParams& p, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const bool few = p.kv_len < MANY_TOKENS || p.keys[0].dtype == DType::FLOAT32 ||
+                   p.sizes[1] > MAX_HIDDEN || p.sizes[0] > 128;
+  for (int first = 0; first < p.num_layers; first += MAX_LAYERS) {
+    const int layers = std::min(MAX_LAYERS, p.num_layers - first);
+    KeyViews views{};
+    std::copy_n(p.keys + first, layers, views.of_layer);
+    if (few) {
+      const char* const error = launch_few(p, views, first, layers, cuda_stream);
+      if (error != nullptr) return error;
+      continue;
+    }
+    SMARTKV_HEAD_DIM_SWITCH(p.sizes[0], [&] {
+      if constexpr (HEAD_DIM <= 128) {
+        p.sizes[1] <= 64 ? launch_many<HEAD_DIM, 64>(p, views, first, layers, cuda_stream)
+                         : launch_many<HEAD_DIM, MAX_HIDDEN>(p, views, first, layers, cuda_stream);
+      }
+    });
+  }
+  return launch_error();
+}
+
+}  // namespace smartkv
