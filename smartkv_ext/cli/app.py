@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -103,6 +104,33 @@ def demo(
     result = run_demo(session)
     if as_json:
         typer.echo(json.dumps(result))
+
+
+@app.command("eval")
+@command
+def evaluate(
+    out: Annotated[Path, typer.Option(help="JSONL file; rows that it has already are not measured again.")],
+    task: Annotated[list[str], typer.Option(help="What to measure; may be repeated.")] = ["text", "recall"],  # noqa: B006
+    method: Annotated[
+        list[str], typer.Option(help='Such as "smartkv policy=snapkv", "uniform bits=4", "full"; may be repeated.')
+    ] = ["full", "smartkv"],  # noqa: B006
+    budget: Annotated[list[str], typer.Option(help="For every method that takes one; may be repeated.")] = ["0.25"],  # noqa: B006
+    data: Annotated[Path | None, typer.Option(help="Folder with the files of tasks that need some.")] = None,
+    text: Annotated[
+        list[str], typer.Option(help="Text file, or FILE@0.5 from its middle on; none: Python's language reference.")
+    ] = [],  # noqa: B006
+    length: Annotated[list[int], typer.Option(min=64, help="Tokens of a document; may be repeated.")] = [2048],  # noqa: B006
+    samples: Annotated[int, typer.Option(min=1, help="Documents of each kind.")] = 1,
+    query_aware: Annotated[bool, typer.Option("--query-aware", help="Compress the question too.")] = False,
+    maps: Annotated[bool, typer.Option("--maps", help="Write which token each head kept, for the report.")] = False,
+    model: Model = "smollm2",
+    dtype: Dtype = "auto",
+) -> None:
+    """Compare caches at equal true bytes: perplexity, KL, recall and tasks, one JSON line per measurement."""
+    from .evaluate import run
+
+    options = {"data": data, "texts": tuple(text), "lengths": tuple(length), "samples": samples}
+    run(model, dtype, out, task, method, budget, options, {"query_aware": query_aware, "maps": maps})
 
 
 @app.command()

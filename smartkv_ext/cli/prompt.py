@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from smartkv_ext.eval.prompt import Prompt, split_prompt
 
 from .errors import UsageError
-
-_SPLIT = "<<smartkv:question>>"  # stands where the question begins while the chat template is rendered
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids (1, n) int64: ``document`` does not depend on the question."""
-
-    document: torch.Tensor
-    question: torch.Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of both parts."""
-        return self.document.shape[1] + self.question.shape[1]
 
 
 def read_document(name: str) -> str:
@@ -49,30 +33,16 @@ def read_document(name: str) -> str:
 
 
 def build_prompt(tokenizer: Any, document: str, question: str) -> Prompt:
-    """One user turn "document, question" in the tokenizer's chat template, or plain text where it has none.
-
-    Both parts are tokenised on their own: the tokens of the document must be the same whatever is asked.
-    """
+    """One user turn "document, question" in the tokenizer's chat template, or plain text where it has none."""
     document, question = document.strip(), question.strip()
     if not question:
         raise UsageError("the question is empty")
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": f"{document}\n\n{_SPLIT}{question}"}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, found, after = text.partition(_SPLIT)
-        if not found:
-            raise UsageError(
-                "the model's chat template changes the user's text, so that the document cannot be split off"
-            )
-        # The template has written the special tokens itself.
-        parts = [tokenizer(x, add_special_tokens=False).input_ids for x in (before, after)]
-    else:
-        parts = [
-            tokenizer(f"{document}\n\n").input_ids,
-            tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False).input_ids,
-        ]
-    first, second = (torch.tensor([ids], dtype=torch.int64) for ids in parts)
-    return Prompt(first, second)
+    if not getattr(tokenizer, "chat_template", None):
+        question = f"Question: {question}\nAnswer:"
+    try:
+        return split_prompt(tokenizer, f"{document}\n\n", question)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_length(prompt: Prompt, max_new_tokens: int, context: int | None) -> None:

@@ -14,9 +14,8 @@ from transformers.cache_utils import Cache
 
 import smartkv_ext
 from smartkv_ext.cache import CacheReport, SmartKVCache
+from smartkv_ext.eval.prompt import Prompt
 from smartkv_ext.hf.patching import attention_modules
-
-from .prompt import Prompt
 
 Advance = Callable[[float], None]  # told how many more tokens have gone through the model
 Emit = Callable[[str], None]  # told the next piece of the answer

@@ -13,12 +13,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from smartkv_ext import ops
 from smartkv_ext.cache.config import SCOPES
+from smartkv_ext.eval.prompt import Prompt
 from smartkv_ext.policies import get_policy
 from smartkv_ext.quant import QuantSpec, parse_budget
 
 from .errors import CliError, UsageError, first_line
 from .models import check_dtype, check_source, load_model
-from .prompt import Prompt, build_prompt, check_length
+from .prompt import build_prompt, check_length
 from .run import Answer, Settings, answer_compressed, answer_full
 from .tables import answer_table
 
