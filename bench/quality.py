@@ -35,7 +35,7 @@ SETS = {
 
 
 def main(
-    out: Path,
+    out: Annotated[Path, typer.Option(help="JSONL file")],
     model: str = "smollm2",
     dtype: str = "bfloat16",
     chosen: Annotated[list[str], typer.Option("--set", help=", ".join(SETS))] = ["rivals", "budgets"],  # noqa: B006
