@@ -135,6 +135,19 @@ def evaluate(
 
 @app.command()
 @command
+def report(
+    rows: Annotated[list[Path], typer.Argument(help="JSONL files that `smartkv eval` has written.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page: curves, tables, heat maps, and every token's fate."""
+    from .evaluate import report as write
+
+    write(rows, out)
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+@command
 def doctor(as_json: Json = False) -> None:
     """Versions, the kernel set in use, built ops, CUDA. Exit code 1 if something is broken."""
     from .doctor import examine, facts_table

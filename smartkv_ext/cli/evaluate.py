@@ -28,6 +28,22 @@ def expand(specs: list[str], budgets: list[str]) -> list[Method]:
     return list({method.spec: method for method in methods}.values())
 
 
+def report(rows: list[Path], out: Path) -> None:
+    """Write the report of ``rows``. Raises UsageError and CliError."""
+    missing = [path for path in rows if not path.is_file()]
+    if missing:
+        raise UsageError(f"file {str(missing[0])!r} does not exist")
+    try:
+        from smartkv_ext.eval.report import write_report
+
+        with usage_errors():
+            write_report(rows, out)
+    except ImportError as error:
+        raise CliError(
+            f'the report needs matplotlib and jinja2: pip install "smartkv-ext[report]" ({error})'
+        ) from error
+
+
 def run(
     model_name: str,
     dtype: str,

@@ -214,8 +214,20 @@ class _Bench:
         """Bits at which each head kept each token (layers, heads, tokens), 0: evicted; and the tokens' texts."""
         bits = torch.stack([_kept_bits(layer, ids.shape[1]) for layer in cache.layers])
         packed = zlib.compress(bits.numpy().tobytes(), 9)
-        texts = [self.decoder.tokenizer.decode([i]) for i in ids[0].tolist()]
+        texts = token_texts(self.decoder.tokenizer, ids[0].tolist())
         return {"map": base64.b64encode(packed).decode(), "map_shape": list(bits.shape), "token_texts": texts}
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Text of each token; a character that several tokens make up belongs to the last of them."""
+    out: list[str] = []
+    begin = 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(list(ids[begin:end]))
+        half = text.endswith("\ufffd") and end - begin < 4  # UTF-8 has at most 4 bytes, a token at least 1
+        out.append("" if half else text)
+        begin = begin if half else end
+    return out
 
 
 def _kept_bits(layer: Any, tokens: int) -> torch.Tensor:
