@@ -24,7 +24,8 @@ RIVALS = [
 UNIFORM = [f"uniform bits={bits}" for bits in (8, 4, 3, 2)]
 BEST = ["expected_attention", "snapkv", "keydiff", "evolved"]  # for ablations: one policy of each kind
 
-SETS = {
+SETS: dict[str, list[str]] = {
+    "none": [],
     "rivals": RIVALS + UNIFORM,
     "budgets": [f"smartkv policy={policy}" for policy in POLICIES],
     "evict_only": [f"smartkv policy={policy} tiers=16" for policy in BEST],
@@ -48,11 +49,23 @@ def main(
     samples: int = 1,
     query_aware: bool = False,
     maps: bool = False,
+    recordings: Annotated[
+        Path | None, typer.Option(help="folder for prefills: a continued run needs no new ones")
+    ] = None,
 ) -> None:
     """Write rows; a run that was stopped continues."""
     specs = [spec for name in chosen for spec in SETS[name]] + method
     options = {"data": data, "texts": tuple(text), "lengths": tuple(length), "samples": samples}
-    run(model, dtype, out, task, specs, budget, options, {"query_aware": query_aware, "maps": maps})
+    run(
+        model,
+        dtype,
+        out,
+        task,
+        specs,
+        budget,
+        options,
+        {"query_aware": query_aware, "maps": maps, "recordings": recordings},
+    )
 
 
 if __name__ == "__main__":

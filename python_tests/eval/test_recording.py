@@ -6,7 +6,7 @@ import torch
 from python_tests.hf.tiny import prompts, tiny
 from smartkv_ext import SmartKVCache, patch
 from smartkv_ext.eval.methods import get_method, held
-from smartkv_ext.eval.recording import record, replay
+from smartkv_ext.eval.recording import Recording, record, replay
 
 POLICIES = ["keydiff", "snapkv", "h2o", "expected_attention", "hybrid"]
 
@@ -24,6 +24,19 @@ def test_replay_equals_prefill(kind, policy):
         logits = [model(ids[:, 380:], past_key_values=cache).logits for cache in caches]
     assert torch.equal(logits[0], logits[1])
     assert caches[0].report() == caches[1].report()
+
+
+def test_saved_recording(tmp_path):
+    model = tiny("qwen2").to(torch.bfloat16)
+    with torch.no_grad(), patch(model):
+        recording = record(model, prompts(1, 100)[0])
+    recording.save(tmp_path / "r.safetensors")
+    again = Recording.load(tmp_path / "r.safetensors")
+    assert torch.equal(again.ids, recording.ids) and len(again.layers) == 4
+    assert again.softmax_scale == pytest.approx(recording.softmax_scale)
+    for a, b in zip(again.layers, recording.layers, strict=True):
+        for name in ("q", "k", "v", "pre_rope"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
 
 
 def test_replay_into_other_caches():

@@ -6,10 +6,12 @@ queries, keys and values are the same for all, and a method costs no more than i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.cache_utils import Cache
 
 from smartkv_ext.cache import SmartKVCache
@@ -52,6 +54,26 @@ class Recording:
     def num_tokens(self) -> int:
         """Tokens of the prefill."""
         return self.ids.shape[1]
+
+    def save(self, path: Path) -> None:
+        """Write to one safetensors file, which appears only when it is complete."""
+        tensors = {"ids": self.ids, "next_token": self.next_token, "softmax_scale": torch.tensor(self.softmax_scale)}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.{field.name}": getattr(layer, field.name).contiguous() for field in fields(layer)}
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Recording:
+        """Read what ``save`` wrote."""
+        tensors = load_file(path)
+        names = [field.name for field in fields(LayerRecording)]
+        layers = [
+            LayerRecording(**{name: tensors[f"{i}.{name}"] for name in names})
+            for i in range(len(tensors) // len(names))
+        ]
+        return cls(tensors["ids"], layers, tensors["softmax_scale"].item(), tensors["next_token"])
 
 
 @torch.no_grad()

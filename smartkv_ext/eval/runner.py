@@ -8,6 +8,7 @@ last pair that is complete.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import time
 import zlib
@@ -42,6 +43,9 @@ class Settings:
     dtype: str
     query_aware: bool = False  # the question is part of what is compressed
     maps: bool = False  # also which token every head kept, and at how many bits
+    recordings: Path | None = (
+        None  # folder where prefills are kept, so that a run that is continued does not repeat them
+    )
 
     def facts(self) -> Row:
         """Columns of every row."""
@@ -158,9 +162,19 @@ class _Bench:
         if self._recording is None or not torch.equal(self._recording[0], ids):
             self._recording = None  # free it first
             start = time.process_time()
-            recording = record(self.decoder.model, ids)
+            recording = self._known_or_new(ids)
             self._recording = ids, recording, time.process_time() - start
         return self._recording[1:]
+
+    def _known_or_new(self, ids: torch.Tensor) -> Recording:
+        folder, settings = self.settings.recordings, self.settings
+        if folder is None:
+            return record(self.decoder.model, ids)
+        key = f"{settings.model_name} {settings.dtype} {ids.tolist()}"
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        if not path.exists():
+            record(self.decoder.model, ids).save(path)
+        return Recording.load(path)
 
     def rows(self, method: Method) -> list[Row]:
         """All measurements of a method."""
