@@ -47,6 +47,7 @@ def main(
     data: Path | None = None,
     length: list[int] = [2048],  # noqa: B006
     samples: int = 1,
+    subtask: list[str] = [],  # noqa: B006
     query_aware: bool = False,
     maps: bool = False,
     recordings: Annotated[
@@ -56,6 +57,7 @@ def main(
     """Write rows; a run that was stopped continues."""
     specs = [spec for name in chosen for spec in SETS[name]] + method
     options = {"data": data, "texts": tuple(text), "lengths": tuple(length), "samples": samples}
+    options["subtasks"] = tuple(subtask)
     run(
         model,
         dtype,

@@ -121,6 +121,7 @@ def evaluate(
     ] = [],  # noqa: B006
     length: Annotated[list[int], typer.Option(min=64, help="Tokens of a document; may be repeated.")] = [2048],  # noqa: B006
     samples: Annotated[int, typer.Option(min=1, help="Documents of each kind.")] = 1,
+    subtask: Annotated[list[str], typer.Option(help="Of RULER or LongBench; none: all.")] = [],  # noqa: B006
     query_aware: Annotated[bool, typer.Option("--query-aware", help="Compress the question too.")] = False,
     maps: Annotated[bool, typer.Option("--maps", help="Write which token each head kept, for the report.")] = False,
     model: Model = "smollm2",
@@ -130,6 +131,7 @@ def evaluate(
     from .evaluate import run
 
     options = {"data": data, "texts": tuple(text), "lengths": tuple(length), "samples": samples}
+    options["subtasks"] = tuple(subtask)
     run(model, dtype, out, task, method, budget, options, {"query_aware": query_aware, "maps": maps})
 
 

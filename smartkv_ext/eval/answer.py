@@ -36,29 +36,34 @@ class Decoder:
         """(n, vocab) float32."""
         return self.logits(cache, ids, start).float().log_softmax(-1)
 
-    def ask(self, cache: Cache, prompt: torch.Tensor, question: Question, start: int) -> dict[str, Any]:
+    def ask(
+        self, cache: Cache, prompt: torch.Tensor, question: Question, start: int
+    ) -> tuple[dict[str, Any], Cache, int]:
         """Score of a question whose ids ``prompt`` (1, n) follow the ``start`` tokens of a cache, which stays as it
-        is."""
+        is; the cache after the answer, and the tokens that it has then seen."""
         own = copy.deepcopy(cache)
         if question.metric == "forced":
             return self._forced(own, prompt, question, start)
-        text = self.generate(own, prompt, question, start)
+        text, end = self.generate(own, prompt, question, start)
         scored = text.strip().partition("\n")[0] if question.first_line else text
-        return {"score": METRICS[question.metric](scored, question.answers, question.facts), "prediction": text}
+        score = METRICS[question.metric](scored, question.answers, question.facts)
+        return {"score": score, "prediction": text}, own, end
 
-    def _forced(self, cache: Cache, prompt: torch.Tensor, question: Question, start: int) -> dict[str, Any]:
+    def _forced(
+        self, cache: Cache, prompt: torch.Tensor, question: Question, start: int
+    ) -> tuple[dict[str, Any], Cache, int]:
         """Feed the answer and compare with what greedy decoding would have said at each of its tokens."""
         answer = self.tokenizer(question.answers[0], add_special_tokens=False).input_ids
         ids = torch.cat([prompt, torch.tensor([answer[:-1]], dtype=torch.int64)], 1)
         logs = self.logits(cache, ids, start, last=len(answer)).float().log_softmax(-1)
         greedy = logs.argmax(-1)
         nll = -logs.gather(1, torch.tensor(answer)[:, None]).mean().item()
-        return {
-            "score": float(greedy.tolist() == answer), "answer_nll": nll, "prediction": self.tokenizer.decode(greedy),
-        }  # fmt: skip
+        text = self.tokenizer.decode(greedy)
+        found = {"score": float(greedy.tolist() == answer), "answer_nll": nll, "prediction": text}
+        return found, cache, start + ids.shape[1]
 
-    def generate(self, cache: Cache, prompt: torch.Tensor, question: Question, start: int) -> str:
-        """Greedy text."""
+    def generate(self, cache: Cache, prompt: torch.Tensor, question: Question, start: int) -> tuple[str, int]:
+        """Greedy text, and the tokens that the cache has then seen."""
         stop = self._stop_tokens()
         ids: list[int] = []
         step = prompt
@@ -73,8 +78,9 @@ class Decoder:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             cut = [text.find(s) for s in question.stop if s in text]
             if cut:
-                return text[: min(cut)]
-        return text
+                text = text[: min(cut)]
+                break
+        return text, start
 
     def _stop_tokens(self) -> set[int]:
         named = self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .longbench_metrics import classification, code_sim, count, final_number, retrieval, rouge_l
+
 Metric = Callable[[str, Sequence[str], Mapping[str, Any]], float]  # prediction, answers, the question's facts
 
 
@@ -62,6 +64,12 @@ METRICS: dict[str, Metric] = {
     "string_match_part": string_match_part,
     "qa_f1": qa_f1,
     "contains_words": contains_words,
+    "rouge_l": rouge_l,
+    "classification": classification,
+    "retrieval": retrieval,
+    "count": count,
+    "code_sim": code_sim,
+    "final_number": final_number,
 }
 
 

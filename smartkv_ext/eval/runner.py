@@ -187,8 +187,14 @@ class _Bench:
             if done is None or not torch.equal(done[0], ids):
                 done = ids, *self._compress(method, ids)
             start = time.process_time()
-            found = self.decoder.ask(done[1], rest, question, ids.shape[1])
-            cost = {"answer_seconds": time.process_time() - start}
+            found, after, seen = self.decoder.ask(done[1], rest, question, ids.shape[1])
+            size = held(after, self._record(ids)[0], seen)
+            cost = {
+                "answer_seconds": time.process_time() - start,
+                "answer_bytes": size.num_bytes,
+                "answer_ratio": size.ratio,
+                "answer_tokens": seen - ids.shape[1],
+            }
             facts = {"question": question.name, "metric": question.metric, "answers": list(question.answers)}
             rows.append({"kind": "question", **done[2], **facts, **question.facts, **found, **cost})
         if self.settings.maps and done is not None and isinstance(done[1], SmartKVCache):

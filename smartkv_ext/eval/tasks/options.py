@@ -23,6 +23,7 @@ class TaskOptions:
     samples: int = 1
     scored: int = 256  # tokens that follow a text
     seed: int = 42
+    subtasks: tuple[str, ...] = ()  # of RULER or LongBench; none: all
 
     def file(self, *names: str) -> Path:
         """The first of these files in the data folder. Raises ValueError where it has none of them."""

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from smartkv_ext.eval.items import Document
 
 from .documents import documents_with_questions
+from .gsm8k import gsm8k
+from .longbench import longbench
 from .options import TaskOptions
 from .recall import recall
+from .ruler import ruler
 from .text import text
 
 Task = Callable[[TaskOptions], Iterator[Document]]
@@ -17,6 +20,9 @@ TASKS: dict[str, Task] = {
     "text": text,
     "recall": recall,
     "documents": documents_with_questions,
+    "ruler": ruler,
+    "longbench": longbench,
+    "gsm8k": gsm8k,
 }
 
 
