@@ -33,7 +33,7 @@ def test_longbench(folder):
     with pytest.raises(ValueError, match="line 1, has no context, answers"):
         list(get_documents(["longbench"], options))
     (folder / "new.jsonl").write_text("")
-    with pytest.raises(ValueError, match="'new' needs new.jsonl and a prompt"):
+    with pytest.raises(ValueError, match=r"'new' needs new\.jsonl and a prompt"):
         list(get_documents(["longbench"], options))
 
 
@@ -64,7 +64,7 @@ def test_documents_keep_questions_whose_evidence_is_there(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="has no ruler/templates.json or templates.json"):
+    with pytest.raises(ValueError, match=r"has no ruler/templates\.json or templates\.json"):
         list(get_documents(["ruler"], TaskOptions(WordTokenizer(), data=tmp_path)))
     with pytest.raises(ValueError, match="data must be a folder"):
         list(get_documents(["gsm8k"], TaskOptions(WordTokenizer())))

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -155,7 +156,7 @@ def test_chain_of_variables(options):
     names = question.answers
     value = re.search(r"that are (\d{5})", question.text)[1]
     lines = [line.strip() for line in document.context.split("\n")]
-    steps = [f"VAR {names[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False)]
+    steps = [f"VAR {names[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in pairwise(names)]
     places = [lines.index(step) for step in steps]
     assert places == sorted(places) and len(set(names)) == 5
     assert "Answer: 5 are 12345: " in document.context, "the solved example comes first"
