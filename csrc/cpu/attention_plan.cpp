@@ -45,6 +45,23 @@ TileRef tile_at(const DecodeAttentionParams& p, int64_t head, int64_t tile) {
   return {tier, tile, static_cast<int>(std::min<int64_t>(left, PAGE_SIZE))};
 }
 
+const uint8_t* page_of_tile(const DecodeAttentionParams& p, int64_t head, int64_t tile) {
+  const PagedKV& cache = p.cache;
+  const int64_t heads = int64_t{cache.batch} * cache.num_kv_heads;
+  for (const int64_t end = std::min(head + 2, heads); head < end; ++head) {
+    for (int tier = 0; tier < cache.num_tiers; ++tier) {
+      const int64_t tiles = tier_tiles(p, head, tier);
+      if (tile < tiles) {
+        const int64_t list = head * cache.num_tiers + tier;
+        const int32_t page = cache.block_table[list * cache.max_pages + tile];
+        return cache.pools[tier] + page * cache.page_bytes[tier];
+      }
+      tile -= tiles;
+    }
+  }
+  return nullptr;
+}
+
 // Walks the tiles of all heads once and closes a part whenever its share of the cost is reached.
 class AttentionPlan::Planner {
  public:

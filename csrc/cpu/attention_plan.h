@@ -51,4 +51,8 @@ class AttentionPlan {
 
 TileRef tile_at(const DecodeAttentionParams& params, int64_t head, int64_t tile);
 
+// The page of a tile, which may count on into the pages of the next head: what will be read soon.
+// Null behind them.
+const uint8_t* page_of_tile(const DecodeAttentionParams& params, int64_t head, int64_t tile);
+
 }  // namespace smartkv

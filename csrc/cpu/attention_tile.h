@@ -18,7 +18,7 @@ struct Tile {
   TileRef ref;
   int bits;
   const uint8_t* page;  // of a paged tile
-  const uint8_t* next;  // the page that is fetched meanwhile, or the page itself
+  const uint8_t* next;  // the page that is fetched meanwhile, of any tier, or the page itself
   int64_t page_bytes;
   Rows k, v;         // of a raw tile
   uint64_t visible;  // bit i: some query sees slot i
@@ -95,13 +95,6 @@ inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile&
   if (v.data != nullptr) tile.v = rows_of(v);
 }
 
-// The page `ahead` tiles on, to be fetched meanwhile; the page itself where there is none.
-inline const uint8_t* page_ahead(const PagedKV& cache, int64_t head, const Tile& tile, int ahead) {
-  const int64_t next = (tile.ref.index + ahead) * PAGE_SIZE;
-  if (next >= cache.cache_seqlens[head * cache.num_tiers + tile.ref.tier]) return tile.page;
-  return slot_of(cache, head, tile.ref.tier, next).page;
-}
-
 // Everything but the decoded values. Leaves `visible` 0 where no query sees any slot.
 inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t index, int ahead,
                       Tile& tile) {
@@ -120,14 +113,15 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
   tile.page = page;
   load_positions(tile, page + layout.position);
   find_visible(p, tile);
-  tile.next = page_ahead(cache, head, tile, ahead);
+  const uint8_t* next = page_of_tile(p, head, index + ahead);
+  tile.next = next == nullptr ? page : next;
   tile.page_bytes = layout.page_bytes;
   if (layout.bits == 16) {
     const char* rows = reinterpret_cast<const char*>(page);
     const int64_t stride = int64_t{cache.head_dim} * layout.itemsize;
-    const int64_t ahead = tile.next - tile.page;
-    tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count, ahead};
-    tile.v = {rows + layout.v_codes, cache.raw_dtype, stride, tile.ref.count, ahead};
+    const int64_t to_next = tile.next - tile.page;
+    tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count, to_next};
+    tile.v = {rows + layout.v_codes, cache.raw_dtype, stride, tile.ref.count, to_next};
     set_unit_scales(tile);
     return;
   }
