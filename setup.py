@@ -114,7 +114,8 @@ class NinjaBuild(build_ext):
             return built
 
         core = n.build("libsmartkv_core.a", "ar", objects("csrc/cpu/*.cpp"))
-        torch_flags = f"{TORCH_FLAGS} {python} -isystem {torch}/include"
+        cuda = "-DSMARTKV_WITH_CUDA" if nvcc else ""
+        torch_flags = f"{TORCH_FLAGS} {cuda} {python} -isystem {torch}/include"
         bindings = objects("csrc/torch/*.cpp", flags=torch_flags)
         kernels = objects("csrc/cuda/*.cu", "nvcc") if nvcc else []
         # libtorch.so names libtorch_cuda.so where torch has it: kept although nothing in it is needed by name, it

@@ -14,7 +14,7 @@ constexpr int64_t MAX_BLOCKS = 1 << 16;
 
 // Kernels
 
-// slots[token]: index in the list of its tier. Advances cache_seqlens. A block per head.
+// slots[token]: index in the list of its tier, -1: none. Advances cache_seqlens. A block per head.
 // grid_shape: [batch * num_kv_heads].
 __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams p, int32_t* slots) {
   SMARTKV_SHARED(lengths, int32_t[MAX_TIERS]);
@@ -24,11 +24,12 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams 
   int32_t* const cache_lengths = cache.cache_seqlens + head * cache.num_tiers;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   if (threadIdx.x < static_cast<unsigned>(cache.num_tiers)) {
-    lengths[threadIdx.x] = cache_lengths[threadIdx.x];
+    lengths[threadIdx.x] = list_length(cache, head, static_cast<int>(threadIdx.x));
   }
   for (int64_t first = 0; first < p.new_len; first += PLAN_THREADS) {
     const int64_t i = first + threadIdx.x;
-    const int tier = i < p.new_len ? p.tiers[head * p.new_len + i] : -1;
+    int tier = i < p.new_len ? p.tiers[head * p.new_len + i] : -1;
+    if (tier >= cache.num_tiers) tier = -1;
     unsigned mine = 0;
     for (int t = 0; t < cache.num_tiers; ++t) {
       const unsigned lanes = __ballot_sync(ALL_LANES, tier == t);
@@ -36,10 +37,12 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams 
       if (lane == t) counts[warp][t] = __popc(lanes);
     }
     __syncthreads();
+    if (i < p.new_len && tier < 0) slots[head * p.new_len + i] = -1;
     if (tier >= 0) {
       int32_t slot = lengths[tier] + __popc(mine & ((1u << lane) - 1));
       for (int w = 0; w < warp; ++w) slot += counts[w][tier];
-      slots[head * p.new_len + i] = slot;
+      const bool has_room = cache.num_pages[tier] > 0 && slot < cache.max_pages * PAGE_SIZE;
+      slots[head * p.new_len + i] = has_room ? slot : -1;
     }
     __syncthreads();
     if (threadIdx.x < static_cast<unsigned>(cache.num_tiers)) {
@@ -48,7 +51,8 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams 
     __syncthreads();
   }
   if (threadIdx.x < static_cast<unsigned>(cache.num_tiers)) {
-    cache_lengths[threadIdx.x] = lengths[threadIdx.x];
+    const int64_t most = cache.num_pages[threadIdx.x] > 0 ? cache.max_pages * PAGE_SIZE : 0;
+    cache_lengths[threadIdx.x] = static_cast<int32_t>(min(int64_t{lengths[threadIdx.x]}, most));
   }
 }
 
@@ -66,7 +70,7 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK)
   const int64_t step = int64_t{gridDim.x} * WARPS_PER_BLOCK;
   for (int64_t i = int64_t{blockIdx.x} * WARPS_PER_BLOCK + warp; i < tokens; i += step) {
     const int tier = p.tiers[i];
-    if (tier < 0) continue;
+    if (slots[i] < 0) continue;
     const int64_t head = i / p.new_len, n = i % p.new_len;
     const int64_t b = head / cache.num_kv_heads, h = head % cache.num_kv_heads;
     const int bits = cache.tier_bits[tier], slot = slots[i] % PAGE_SIZE;

@@ -50,7 +50,7 @@ struct AttentionRun {
 __device__ __forceinline__ int64_t tier_length(const DecodeAttentionParams& p, int64_t head,
                                                int tier) {
   if (tier == p.cache.num_tiers) return p.window_len;
-  return p.cache.cache_seqlens[head * p.cache.num_tiers + tier];
+  return list_length(p.cache, head, tier);
 }
 
 __device__ __forceinline__ int64_t tier_tiles(const DecodeAttentionParams& p, int64_t head,

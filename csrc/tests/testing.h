@@ -194,6 +194,7 @@ struct Cache {
     for (int t = 0; t < num_tiers(); ++t) {
       v.pools[t] = pools[t].data();
       v.page_bytes[t] = page_bytes(t);
+      v.num_pages[t] = batch * heads * max_pages;
       v.tier_bits[t] = bits[t];
     }
     v.num_tiers = num_tiers();

@@ -76,10 +76,6 @@ DType float_dtype(const Tensor& tensor, const char* name) {
   return float_dtype(tensor.scalar_type(), name);
 }
 
-void check_cpu(const Tensor& tensor, const char* name) {
-  check(tensor.is_cpu(), name, " must be on the CPU like the other tensors");
-}
-
 void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
   const ScalarType got = tensor.scalar_type();
   if (got != dtype) check(false, name, " must be ", dtype_name(dtype), "; got ", dtype_name(got));
@@ -102,16 +98,16 @@ void check_shape(const Tensor& tensor, const char* name, Shape shape, const char
   }
 }
 
-Tensor dense_input(const Tensor& tensor, const char* name, ScalarType dtype, Shape shape,
-                   const char* dims) {
-  check_cpu(tensor, name);
+Tensor dense_input(const Place& place, const Tensor& tensor, const char* name, ScalarType dtype,
+                   Shape shape, const char* dims) {
+  place.check(tensor, name);
   check_dtype(tensor, name, dtype);
   check_shape(tensor, name, shape, dims);
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-HeadsView heads_view(const Tensor& tensor, const char* name, DType dtype) {
-  check_cpu(tensor, name);
+HeadsView heads_view(const Place& place, const Tensor& tensor, const char* name, DType dtype) {
+  place.check(tensor, name);
   check_dtype(tensor, name, scalar_type(dtype));
   check_dim(tensor, name, 4, "(batch, heads, n, head_dim)");
   const auto strides = tensor.strides();

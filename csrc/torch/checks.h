@@ -12,12 +12,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "place.h"
 #include "smartkv/params.h"
 
 namespace smartkv::binding {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Shape = std::initializer_list<int64_t>;
 
 // The parts are formatted only on failure. Not STD_TORCH_CHECK: it would put the function, file
@@ -40,18 +40,17 @@ ScalarType scalar_type(DType dtype);
 DType float_dtype(const Tensor& tensor, const char* name);
 DType float_dtype(ScalarType dtype, const char* name);
 
-void check_cpu(const Tensor& tensor, const char* name);
 void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype);
 void check_dim(const Tensor& tensor, const char* name, int64_t dim, const char* dims);
 // dims names the axes of `shape`: "(batch, num_kv_heads, n)".
 void check_shape(const Tensor& tensor, const char* name, Shape shape, const char* dims);
 
-// A read-only CPU tensor of exactly this dtype and shape; copied only if it is not contiguous.
-Tensor dense_input(const Tensor& tensor, const char* name, ScalarType dtype, Shape shape,
-                   const char* dims);
+// A read-only tensor of exactly this place, dtype and shape; copied only if it is not contiguous.
+Tensor dense_input(const Place& place, const Tensor& tensor, const char* name, ScalarType dtype,
+                   Shape shape, const char* dims);
 
 // A (batch, heads, n, head_dim) tensor of any strides but a contiguous last dimension.
-HeadsView heads_view(const Tensor& tensor, const char* name, DType dtype);
+HeadsView heads_view(const Place& place, const Tensor& tensor, const char* name, DType dtype);
 
 int check_bits(int64_t bits);
 int check_head_dim(int64_t head_dim);

@@ -1,4 +1,4 @@
-// Checks and allocation of merge_states, the same on every device.
+// Checks and allocation of merge_states.
 #pragma once
 
 #include <vector>

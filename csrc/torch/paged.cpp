@@ -28,7 +28,7 @@ void fill_tiers(PagedKV& cache, const std::vector<int64_t>& tier_bits) {
   }
 }
 
-void fill_pools(PagedInput& input, const std::vector<Tensor>& pools) {
+void fill_pools(PagedInput& input, const Place& place, const std::vector<Tensor>& pools) {
   PagedKV& cache = input.cache;
   check(pools.size() == static_cast<size_t>(cache.num_tiers),
         "pools must have one tensor per entry of tier_bits (", cache.num_tiers, "); got ",
@@ -37,7 +37,7 @@ void fill_pools(PagedInput& input, const std::vector<Tensor>& pools) {
     const Tensor& pool = pools[t];
     const char* const names[] = {"pools[0]", "pools[1]", "pools[2]", "pools[3]", "pools[4]"};
     const char* name = names[t];
-    check_cpu(pool, name);
+    place.check(pool, name);
     check_dtype(pool, name, ScalarType::Byte);
     check_dim(pool, name, 2, "(num_pages, page_bytes)");
     const int64_t page_bytes =
@@ -49,7 +49,7 @@ void fill_pools(PagedInput& input, const std::vector<Tensor>& pools) {
     check(reinterpret_cast<uintptr_t>(cache.pools[t]) % PAGE_ALIGNMENT == 0, name,
           " must start at an address that is a multiple of ", PAGE_ALIGNMENT);
     cache.page_bytes[t] = page_bytes;
-    input.num_pages[t] = pool.size(0);
+    cache.num_pages[t] = pool.size(0);
   }
 }
 
@@ -66,8 +66,8 @@ void check_lengths(const PagedKV& cache) {
 
 }  // namespace
 
-PagedInput paged_input(const std::vector<Tensor>& pools, const Tensor& block_table,
-                       const Tensor& cache_seqlens, const Tensor& k_mean,
+PagedInput paged_input(const Place& place, const std::vector<Tensor>& pools,
+                       const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& k_mean,
                        const std::vector<int64_t>& tier_bits, Levels levels, DType raw_dtype) {
   PagedKV cache{};
   fill_tiers(cache, tier_bits);
@@ -83,24 +83,23 @@ PagedInput paged_input(const std::vector<Tensor>& pools, const Tensor& block_tab
   cache.levels = levels;
   PagedInput input{
       cache,
-      {},
-      dense_input(block_table, "block_table", ScalarType::Int,
+      dense_input(place, block_table, "block_table", ScalarType::Int,
                   {sizes[0], sizes[1], cache.num_tiers, sizes[3]},
                   "(batch, num_kv_heads, num_tiers, max_pages)"),
-      dense_input(k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], cache.head_dim},
+      dense_input(place, k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], cache.head_dim},
                   "(batch, num_kv_heads, head_dim)")};
   input.cache.block_table = input.block_table.const_data_ptr<int32_t>();
   input.cache.k_mean = input.k_mean.const_data_ptr<float>();
-  fill_pools(input, pools);
+  fill_pools(input, place, pools);
 
   const char* const name = "cache_seqlens";
-  check_cpu(cache_seqlens, name);
+  place.check(cache_seqlens, name);
   check_dtype(cache_seqlens, name, ScalarType::Int);
   check_shape(cache_seqlens, name, {sizes[0], sizes[1], cache.num_tiers},
               "(batch, num_kv_heads, num_tiers)");
   check(cache_seqlens.is_contiguous(), name, " must be contiguous");
   input.cache.cache_seqlens = static_cast<int32_t*>(cache_seqlens.data_ptr());
-  check_lengths(input.cache);
+  if (place.has_readable_values()) check_lengths(input.cache);
   return input;
 }
 
@@ -110,7 +109,7 @@ void check_pages(const PagedInput& input, int64_t list, int64_t first, int64_t l
     check(false, "block_table", list_name(cache, list), " must have room for ", last,
           " pages; max_pages is ", cache.max_pages);
   }
-  const int64_t num_pages = input.num_pages[list % cache.num_tiers];
+  const int64_t num_pages = cache.num_pages[list % cache.num_tiers];
   const int32_t* pages = cache.block_table + list * cache.max_pages;
   for (int64_t i = first; i < last; ++i) {
     if (pages[i] < 0 || pages[i] >= num_pages) [[unlikely]] {

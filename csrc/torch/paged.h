@@ -8,14 +8,13 @@
 namespace smartkv::binding {
 
 struct PagedInput {
-  PagedKV cache;  // what the kernels get
-  int64_t num_pages[MAX_TIERS];
+  PagedKV cache;               // what the kernels get
   Tensor block_table, k_mean;  // own what `cache` points to, where it had to be made contiguous
 };
 
 // Everything but the page ids, which pages will be touched being known to the op alone.
-PagedInput paged_input(const std::vector<Tensor>& pools, const Tensor& block_table,
-                       const Tensor& cache_seqlens, const Tensor& k_mean,
+PagedInput paged_input(const Place& place, const std::vector<Tensor>& pools,
+                       const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& k_mean,
                        const std::vector<int64_t>& tier_bits, Levels levels, DType raw_dtype);
 
 // A list is the pages of one (sequence, head, tier): list = (b * num_kv_heads + h) * num_tiers + t.

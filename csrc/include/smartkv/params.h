@@ -3,7 +3,8 @@
 // or csrc/cuda.
 //
 // The bindings check every shape, dtype, device and value before they fill a struct; kernels trust
-// it.
+// it. Values on a GPU are not checked: CUDA kernels bring page ids, lengths and tiers into range,
+// so that wrong ones give wrong results but never touch foreign memory.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,8 @@ struct HeadsView {
 struct PagedKV {
   uint8_t* pools[MAX_TIERS];  // [num_pages of the tier, page_bytes of the tier]
   int64_t page_bytes[MAX_TIERS];
-  int tier_bits[MAX_TIERS];  // 2, 3, 4, 8 or 16
+  int64_t num_pages[MAX_TIERS];  // of the pools
+  int tier_bits[MAX_TIERS];      // 2, 3, 4, 8 or 16
   int num_tiers;
   const int32_t* block_table;  // [batch, num_kv_heads, num_tiers, max_pages], page ids
   int32_t* cache_seqlens;      // [batch, num_kv_heads, num_tiers], records

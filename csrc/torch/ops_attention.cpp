@@ -1,4 +1,4 @@
-// CPU bindings of decode_attention, attention_mass and merge_states.
+// Bindings of decode_attention, attention_mass and merge_states.
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -6,6 +6,7 @@
 
 #include "merge_input.h"
 #include "paged.h"
+#include "register.h"
 
 namespace smartkv::binding {
 namespace {
@@ -40,15 +41,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
     int64_t sliding_window, bool return_mass, StringHandle precision) {
   const Levels level_kind = take_levels(levels);
   const Precision least_precision = take_precision(precision);
+  const Place place(q, "q");
   const DType dtype = float_dtype(q, "q");
   const PagedInput input =
-      paged_input(pools, block_table, cache_seqlens, k_mean, tier_bits, level_kind, dtype);
+      paged_input(place, pools, block_table, cache_seqlens, k_mean, tier_bits, level_kind, dtype);
   const PagedKV& cache = input.cache;
   DecodeAttentionParams params{};
   params.cache = cache;
-  params.q = heads_view(q, "q", dtype);
-  params.k_window = heads_view(k_window, "k_window", dtype);
-  params.v_window = heads_view(v_window, "v_window", dtype);
+  params.q = heads_view(place, q, "q", dtype);
+  params.k_window = heads_view(place, k_window, "k_window", dtype);
+  params.v_window = heads_view(place, v_window, "v_window", dtype);
   const int64_t batch = cache.batch, num_kv_heads = cache.num_kv_heads;
   const int64_t num_heads = q.size(1), q_len = q.size(2);
   check_shape(q, "q", {batch, num_heads, q_len, cache.head_dim},
@@ -59,9 +61,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
   const Shape window = {batch, num_kv_heads, window_len, cache.head_dim};
   check_shape(k_window, "k_window", window, "(batch, num_kv_heads, window_len, head_dim)");
   check_shape(v_window, "v_window", window, "(batch, num_kv_heads, window_len, head_dim)");
-  const Tensor positions = dense_input(window_positions, "window_positions", ScalarType::Int,
+  const Tensor positions = dense_input(place, window_positions, "window_positions", ScalarType::Int,
                                        {batch, window_len}, "(batch, window_len)");
-  check_read_pages(input);
+  if (place.has_readable_values()) check_read_pages(input);
 
   const Tensor out = torch::stable::new_empty(q, {batch, num_heads, q_len, cache.head_dim});
   const Tensor lse = torch::stable::new_empty(q, {batch, num_heads, q_len}, ScalarType::Float);
@@ -83,17 +85,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.sliding_window = sliding_window;
   params.precision = least_precision;
-  cpu_kernels().decode_attention(params, torch_parallel());
+  place.run(&KernelTable::decode_attention, params);
   return {out, lse, mass, window_mass};
 }
 
 Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_positions, int64_t q_start,
                       double softmax_scale, int64_t sliding_window,
                       const std::optional<Tensor>& lse) {
+  const Place place(q, "q");
   const DType dtype = float_dtype(q, "q");
   AttentionMassParams params{};
-  params.q = heads_view(q, "q", dtype);
-  params.k = heads_view(k, "k", dtype);
+  params.q = heads_view(place, q, "q", dtype);
+  params.k = heads_view(place, k, "k", dtype);
   const auto sizes = q.sizes();
   const int64_t num_kv_heads = k.size(1), kv_len = k.size(2);
   check_shape(k, "k", {sizes[0], num_kv_heads, kv_len, sizes[3]},
@@ -105,12 +108,12 @@ Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_position
   params.q_len = sizes[2];
   params.kv_len = check_int32(kv_len, "kv_len", 0);
   check_query(sizes[2], q_start, softmax_scale, sliding_window);
-  const Tensor positions = dense_input(k_positions, "k_positions", ScalarType::Int,
+  const Tensor positions = dense_input(place, k_positions, "k_positions", ScalarType::Int,
                                        {sizes[0], kv_len}, "(batch, kv_len)");
   params.k_positions = positions.const_data_ptr<int32_t>();
   std::optional<Tensor> row_lse;
   if (lse.has_value()) {
-    row_lse = dense_input(*lse, "lse", ScalarType::Float, {sizes[0], sizes[1], sizes[2]},
+    row_lse = dense_input(place, *lse, "lse", ScalarType::Float, {sizes[0], sizes[1], sizes[2]},
                           "(batch, num_heads, q_len)");
     params.lse = row_lse->const_data_ptr<float>();
   }
@@ -120,21 +123,21 @@ Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_position
   const Tensor mass =
       torch::stable::new_zeros(q, {sizes[0], num_kv_heads, kv_len}, ScalarType::Float);
   params.mass = mass.mutable_data_ptr<float>();
-  if (kv_len > 0) cpu_kernels().attention_mass(params, torch_parallel());
+  if (kv_len > 0) place.run(&KernelTable::attention_mass, params);
   return mass;
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& o, const Tensor& lse) {
-  check_cpu(o, "o");
-  check_cpu(lse, "lse");
-  MergeInput input = merge_input(o, lse);
-  if (input.params.rows > 0) cpu_kernels().merge_states(input.params, torch_parallel());
+  const Place place(o, "o");
+  place.check(lse, "lse");
+  const MergeInput input = merge_input(o, lse);
+  if (input.params.rows > 0) place.run(&KernelTable::merge_states, input.params);
   return {input.out, input.out_lse};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(smartkv, CPU, m) {
+SMARTKV_REGISTER_OPS(m) {
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("attention_mass", TORCH_BOX(&attention_mass));
   m.impl("merge_states", TORCH_BOX(&merge_states));

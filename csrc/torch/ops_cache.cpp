@@ -1,8 +1,9 @@
-// CPU bindings of append_kv and compact_kv, which mutate a paged cache. All checks come before the
+// Bindings of append_kv and compact_kv, which mutate a paged cache. All checks come before the
 // kernel, so that a refused call leaves the cache as it was.
 #include <algorithm>
 
 #include "paged.h"
+#include "register.h"
 
 namespace smartkv::binding {
 namespace {
@@ -34,13 +35,14 @@ void append_kv(const std::vector<Tensor>& pools, const Tensor& block_table,
                const Tensor& positions, const Tensor& scores, const Tensor& tiers,
                const std::vector<int64_t>& tier_bits, StringHandle levels) {
   const Levels level_kind = take_levels(levels);
+  const Place place(k, "k");
   const DType dtype = float_dtype(k, "k");
   const PagedInput input =
-      paged_input(pools, block_table, cache_seqlens, k_mean, tier_bits, level_kind, dtype);
+      paged_input(place, pools, block_table, cache_seqlens, k_mean, tier_bits, level_kind, dtype);
   AppendParams params{};
   params.cache = input.cache;
-  params.k = heads_view(k, "k", dtype);
-  params.v = heads_view(v, "v", dtype);
+  params.k = heads_view(place, k, "k", dtype);
+  params.v = heads_view(place, v, "v", dtype);
   const int64_t batch = input.cache.batch, heads = input.cache.num_kv_heads;
   params.new_len = check_int32(k.size(2), "n", 0);
   const Shape values = {batch, heads, params.new_len, input.cache.head_dim};
@@ -48,14 +50,15 @@ void append_kv(const std::vector<Tensor>& pools, const Tensor& block_table,
   check_shape(v, "v", values, "(batch, num_kv_heads, n, head_dim)");
   const Shape per_token = {batch, heads, params.new_len};
   const char* const dims = "(batch, num_kv_heads, n)";
-  const Tensor position = dense_input(positions, "positions", ScalarType::Int, per_token, dims);
-  const Tensor score = dense_input(scores, "scores", ScalarType::Float, per_token, dims);
-  const Tensor tier = dense_input(tiers, "tiers", ScalarType::Char, per_token, dims);
+  const Tensor position =
+      dense_input(place, positions, "positions", ScalarType::Int, per_token, dims);
+  const Tensor score = dense_input(place, scores, "scores", ScalarType::Float, per_token, dims);
+  const Tensor tier = dense_input(place, tiers, "tiers", ScalarType::Char, per_token, dims);
   params.positions = position.const_data_ptr<int32_t>();
   params.scores = score.const_data_ptr<float>();
   params.tiers = tier.const_data_ptr<int8_t>();
-  check_append(input, params);
-  if (params.new_len > 0) cpu_kernels().append_kv(params, torch_parallel());
+  if (place.has_readable_values()) check_append(input, params);
+  if (params.new_len > 0) place.run(&KernelTable::append_kv, params);
 }
 
 // Targets may only name the present tier, a lower one, or -1; each list must then have room.
@@ -86,23 +89,24 @@ void compact_kv(const std::vector<Tensor>& pools, const Tensor& block_table,
                 const Tensor& cache_seqlens, const Tensor& targets, const Tensor& k_mean,
                 const std::vector<int64_t>& tier_bits, StringHandle levels, ScalarType dtype) {
   const Levels level_kind = take_levels(levels);
-  const PagedInput input = paged_input(pools, block_table, cache_seqlens, k_mean, tier_bits,
+  const Place place(block_table, "block_table");
+  const PagedInput input = paged_input(place, pools, block_table, cache_seqlens, k_mean, tier_bits,
                                        level_kind, float_dtype(dtype, "dtype"));
   const PagedKV& cache = input.cache;
   const Tensor target =
-      dense_input(targets, "targets", ScalarType::Char,
+      dense_input(place, targets, "targets", ScalarType::Char,
                   {cache.batch, cache.num_kv_heads, cache.num_tiers, cache.max_pages * PAGE_SIZE},
                   "(batch, num_kv_heads, num_tiers, max_pages * 64)");
   CompactParams params{};
   params.cache = cache;
   params.targets = target.const_data_ptr<int8_t>();
-  check_compact(input, params.targets);
-  if (cache.max_pages > 0) cpu_kernels().compact_kv(params, torch_parallel());
+  if (place.has_readable_values()) check_compact(input, params.targets);
+  if (cache.max_pages > 0) place.run(&KernelTable::compact_kv, params);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(smartkv, CPU, m) {
+SMARTKV_REGISTER_OPS(m) {
   m.impl("append_kv", TORCH_BOX(&append_kv));
   m.impl("compact_kv", TORCH_BOX(&compact_kv));
 }

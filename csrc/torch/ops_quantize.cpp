@@ -1,7 +1,8 @@
-// CPU bindings of quantize_kv and dequantize_kv.
+// Bindings of quantize_kv and dequantize_kv.
 #include <tuple>
 
 #include "checks.h"
+#include "register.h"
 #include "smartkv/layout.h"
 
 namespace smartkv::binding {
@@ -12,9 +13,10 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
   QuantizeParams params{};
   params.levels = take_levels(levels);
   params.bits = check_bits(bits);
+  const Place place(k, "k");
   const DType dtype = float_dtype(k, "k");
-  params.k = heads_view(k, "k", dtype);
-  params.v = heads_view(v, "v", dtype);
+  params.k = heads_view(place, k, "k", dtype);
+  params.v = heads_view(place, v, "v", dtype);
   const auto sizes = k.sizes();
   const Shape per_token = {sizes[0], sizes[1], sizes[2]};
   check_shape(v, "v", {sizes[0], sizes[1], sizes[2], sizes[3]}, "of k");
@@ -23,12 +25,12 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
   params.kv_len = check_int32(sizes[2], "n", 0);
   params.head_dim = check_head_dim(sizes[3]);
   const Tensor mean =
-      dense_input(k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], sizes[3]},
+      dense_input(place, k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], sizes[3]},
                   "(batch, num_kv_heads, head_dim)");
-  const Tensor position =
-      dense_input(positions, "positions", ScalarType::Int, per_token, "(batch, num_kv_heads, n)");
-  const Tensor score =
-      dense_input(scores, "scores", ScalarType::Float, per_token, "(batch, num_kv_heads, n)");
+  const Tensor position = dense_input(place, positions, "positions", ScalarType::Int, per_token,
+                                      "(batch, num_kv_heads, n)");
+  const Tensor score = dense_input(place, scores, "scores", ScalarType::Float, per_token,
+                                   "(batch, num_kv_heads, n)");
   params.k_mean = mean.const_data_ptr<float>();
   params.positions = position.const_data_ptr<int32_t>();
   params.scores = score.const_data_ptr<float>();
@@ -37,7 +39,7 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
   const Tensor pages = torch::stable::new_zeros(
       k, {sizes[0], sizes[1], num_pages, params.page_bytes}, ScalarType::Byte);
   params.pages = static_cast<uint8_t*>(pages.mutable_data_ptr());
-  if (num_pages > 0) cpu_kernels().quantize_kv(params, torch_parallel());
+  if (num_pages > 0) place.run(&KernelTable::quantize_kv, params);
   return pages;
 }
 
@@ -51,13 +53,14 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_me
   params.dtype = float_dtype(dtype, "dtype");
   params.page_bytes =
       page_layout(params.bits, params.head_dim, dtype_size(params.dtype)).page_bytes;
+  const Place place(pages, "pages");
   check_dim(pages, "pages", 4, "(batch, num_kv_heads, num_pages, page_bytes)");
   const auto sizes = pages.sizes();
-  const Tensor page = dense_input(pages, "pages", ScalarType::Byte,
+  const Tensor page = dense_input(place, pages, "pages", ScalarType::Byte,
                                   {sizes[0], sizes[1], sizes[2], params.page_bytes},
                                   "(batch, num_kv_heads, num_pages, page_bytes)");
   const Tensor mean =
-      dense_input(k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], head_dim},
+      dense_input(place, k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], head_dim},
                   "(batch, num_kv_heads, head_dim)");
   params.batch = check_int32(sizes[0], "batch", 1);
   params.num_kv_heads = check_int32(sizes[1], "num_kv_heads", 1);
@@ -72,13 +75,13 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_me
   const Tensor v = torch::stable::new_empty(pages, shape, dtype);
   params.k = k.mutable_data_ptr();
   params.v = v.mutable_data_ptr();
-  if (params.num_pages > 0) cpu_kernels().dequantize_kv(params, torch_parallel());
+  if (params.num_pages > 0) place.run(&KernelTable::dequantize_kv, params);
   return {k, v};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(smartkv, CPU, m) {
+SMARTKV_REGISTER_OPS(m) {
   m.impl("quantize_kv", TORCH_BOX(&quantize_kv));
   m.impl("dequantize_kv", TORCH_BOX(&dequantize_kv));
 }

@@ -1,9 +1,10 @@
-// CPU bindings of gate_score and select_kv.
+// Bindings of gate_score and select_kv.
 #include <array>
 #include <cmath>
 #include <vector>
 
 #include "checks.h"
+#include "register.h"
 
 namespace smartkv::binding {
 namespace {
@@ -14,7 +15,7 @@ std::string indexed(const char* name, size_t i) {
 
 // (num_layers, num_kv_heads, out, in) weights whose `in` is the previous layer's `out`, then
 // biases.
-void fill_linears(GateScoreParams& params, const std::vector<Tensor>& weights,
+void fill_linears(GateScoreParams& params, const Place& place, const std::vector<Tensor>& weights,
                   const std::vector<Tensor>& biases, std::vector<Tensor>& owned) {
   const size_t count = weights.size();
   check(count == 2 || count == 3, "weights must have 2 or 3 tensors; got ", count);
@@ -26,11 +27,11 @@ void fill_linears(GateScoreParams& params, const std::vector<Tensor>& weights,
     check_dim(weights[i], weight.c_str(), 4, "(num_layers, num_kv_heads, out, in)");
     const int64_t out = i + 1 == count ? 1 : weights[i].size(2);
     params.sizes[i + 1] = check_int32(out, "out of weights", 1);
-    owned.push_back(dense_input(weights[i], weight.c_str(), ScalarType::Float,
+    owned.push_back(dense_input(place, weights[i], weight.c_str(), ScalarType::Float,
                                 {params.num_layers, params.num_kv_heads, out, params.sizes[i]},
                                 "(num_layers, num_kv_heads, out, in)"));
     params.weights[i] = owned.back().const_data_ptr<float>();
-    owned.push_back(dense_input(biases[i], bias.c_str(), ScalarType::Float,
+    owned.push_back(dense_input(place, biases[i], bias.c_str(), ScalarType::Float,
                                 {params.num_layers, params.num_kv_heads, out},
                                 "(num_layers, num_kv_heads, out)"));
     params.biases[i] = owned.back().const_data_ptr<float>();
@@ -41,11 +42,12 @@ Tensor gate_score(const std::vector<Tensor>& keys, const std::vector<Tensor>& we
                   const std::vector<Tensor>& biases) {
   check(!keys.empty(), "keys must have at least one tensor; got 0");
   GateScoreParams params{};
+  const Place place(keys[0], "keys[0]");
   const DType dtype = float_dtype(keys[0], "keys[0]");
   std::vector<HeadsView> views;
   for (size_t i = 0; i < keys.size(); ++i) {
     const std::string name = indexed("keys", i);
-    views.push_back(heads_view(keys[i], name.c_str(), dtype));
+    views.push_back(heads_view(place, keys[i], name.c_str(), dtype));
     const auto sizes = keys[0].sizes();
     check_shape(keys[i], name.c_str(), {sizes[0], sizes[1], sizes[2], sizes[3]}, "of keys[0]");
   }
@@ -57,11 +59,11 @@ Tensor gate_score(const std::vector<Tensor>& keys, const std::vector<Tensor>& we
   params.kv_len = check_int32(sizes[2], "n", 0);
   params.sizes[0] = check_head_dim(sizes[3]);
   std::vector<Tensor> owned;
-  fill_linears(params, weights, biases, owned);
+  fill_linears(params, place, weights, biases, owned);
   const Tensor scores = torch::stable::new_empty(
       keys[0], {params.num_layers, sizes[0], sizes[1], sizes[2]}, ScalarType::Float);
   params.scores = scores.mutable_data_ptr<float>();
-  if (params.kv_len > 0) cpu_kernels().gate_score(params, torch_parallel());
+  if (params.kv_len > 0) place.run(&KernelTable::gate_score, params);
   return scores;
 }
 
@@ -101,15 +103,17 @@ Tensor select_kv(const Tensor& scores, const Tensor& current, const Tensor& budg
   check(std::isfinite(evict_distortion), "evict_distortion must be finite; got ", evict_distortion);
   check(std::isfinite(zipf_offset) && zipf_offset > 0,
         "zipf_offset must be finite and above 0; got ", zipf_offset);
+  const Place place(scores, "scores");
   check_dim(scores, "scores", 3, "(groups, heads, n)");
   const auto sizes = scores.sizes();
   const Shape shape = {sizes[0], sizes[1], sizes[2]};
   check_int32(sizes[1] * sizes[2], "heads * n", 0);
   const Tensor score =
-      dense_input(scores, "scores", ScalarType::Float, shape, "(groups, heads, n)");
+      dense_input(place, scores, "scores", ScalarType::Float, shape, "(groups, heads, n)");
   const Tensor present =
-      dense_input(current, "current", ScalarType::Char, shape, "(groups, heads, n)");
-  const Tensor budget = dense_input(budgets, "budgets", ScalarType::Long, {sizes[0]}, "(groups)");
+      dense_input(place, current, "current", ScalarType::Char, shape, "(groups, heads, n)");
+  const Tensor budget =
+      dense_input(place, budgets, "budgets", ScalarType::Long, {sizes[0]}, "(groups)");
   params.scores = score.const_data_ptr<float>();
   params.current = present.const_data_ptr<int8_t>();
   params.budgets = budget.const_data_ptr<int64_t>();
@@ -118,17 +122,17 @@ Tensor select_kv(const Tensor& scores, const Tensor& current, const Tensor& budg
   params.n = sizes[2];
   params.evict_distortion = evict_distortion;
   params.zipf_offset = zipf_offset;
-  check_select_values(params);
+  if (place.has_readable_values()) check_select_values(params);
   const Tensor tiers =
       torch::stable::new_empty(scores, {sizes[0], sizes[1], sizes[2]}, ScalarType::Char);
   params.tiers = tiers.mutable_data_ptr<int8_t>();
-  if (tiers.numel() > 0) cpu_kernels().select_kv(params, torch_parallel());
+  if (tiers.numel() > 0) place.run(&KernelTable::select_kv, params);
   return tiers;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(smartkv, CPU, m) {
+SMARTKV_REGISTER_OPS(m) {
   m.impl("gate_score", TORCH_BOX(&gate_score));
   m.impl("select_kv", TORCH_BOX(&select_kv));
 }
