@@ -18,9 +18,10 @@ from bench.models import load
 from bench.output import show
 from bench.synthetic_eviction import candidates, mean
 from smartkv_ext.policies import Policy, get_policy
-from training.collect import collect, documents
 from training.reconstruction import RETENTIONS, Trace, reconstruction_errors
 from training.samples import Samples
+from training.texts import documents
+from training.traces import collect
 
 Texts = Annotated[
     list[str], typer.Option(help="text file, or .jsonl of exercises; FILE@0.5-1 is a part of it; may be repeated")

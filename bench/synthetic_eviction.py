@@ -50,7 +50,7 @@ def measure(name: str, policy: Policy, splits: dict[str, list[Trace]], window: i
 
 def candidates() -> dict[str, Policy]:
     """Every policy that evicts by a score of its own, and variants."""
-    names = [name for name in POLICIES if name not in ("full", "map", "evolved")]
+    names = [name for name, kind in POLICIES.items() if name not in ("full", "map", "evolved") and not kind.scores_keys]
     chosen = {name: get_policy(name) for name in names}
     chosen |= {"hybrid, no bonus": get_policy("hybrid", bonus=0.0), "evolved": get_policy("evolved")}
     return chosen

@@ -1,95 +1,170 @@
-"""Traces of real models: queries, keys and values of every layer, after RoPE, as attention saw them."""
+"""Collect what gates learn from: pre-RoPE keys of a real model, and how much attention each token received later.
+
+python -m training.collect --recipe smollm2 --out runs/smollm2
+accelerate launch --num_processes 2 -m training.collect ...      the shards are the same, whoever makes them
+
+A shard is one safetensors file of PIECES pieces of text; what is there is not made again. Every tenth shard is made of
+documents of the valid split. A piece is seen twice, with a request to repeat it in between (training/targets.py).
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import typer
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-from smartkv_ext.cache.config import inverse_frequencies
+from bench.models import load
+from smartkv_ext.cache.config import ModelGeometry
 
-from .reconstruction import Trace, make_trace
+from .recipe import Recipe
+from .recording import LayerCall, recording
+from .targets import attention_targets, value_norms
+from .texts import SPLITS, Mixture
 
-NAME = "smartkv_trace"
-FIELDS = (("problem", "solution"), ("question", "answer"))  # of the JSONL files that hold exercises
-_layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-
-def _recorded(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    _layers.append((query.detach(), key.detach(), value.detach()))
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, **kwargs)
-
-
-AttentionInterface.register(NAME, _recorded)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+PIECES = 8  # of text, in a shard
+VALID_EVERY = 10  # one shard in so many
+REQUEST = "\n\nRepeat the previous context exactly.\n\n"
+SINKS = 4  # first tokens of a piece, never stored: the cache keeps them anyway
+FORMAT = 1
 
 
-@contextmanager
-def _recording(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    _layers.clear()
-    try:
-        yield _layers
-    finally:
-        _layers.clear()
-        model.set_attn_implementation(previous)
+@dataclass(frozen=True)
+class Shard:
+    """A file to be made; its content depends on the recipe and its number alone."""
+
+    number: int
+
+    @property
+    def split(self) -> str:
+        return "valid" if self.number % VALID_EVERY == VALID_EVERY - 1 else "train"
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"{self.split}-{self.number:05d}.safetensors"
 
 
-@torch.no_grad()
-def collect(model: Any, ids: torch.Tensor, tokens: int) -> list[Trace]:
-    """A trace per layer of ids (batch, total): evicted after ``tokens``, judged by the queries of the rest."""
-    inv_freq = torch.tensor(inverse_frequencies(model.config))
-    with _recording(model) as layers:
-        model.base_model(ids, use_cache=False)
-        scale = layers[0][0].shape[-1] ** -0.5
-        return [
-            make_trace(q, k, v, tokens, i, len(layers), scale, inv_freq) for i, (q, k, v) in enumerate(list(layers))
-        ]
+def plan(recipe: Recipe) -> list[Shard]:
+    """All shards of a recipe: at least one of each split."""
+    count = max(math.ceil(recipe.tokens / (recipe.length * PIECES)), VALID_EVERY if recipe.tokens > 0 else 0)
+    return [Shard(i) for i in range(count)]
 
 
-def read_text(source: str) -> str:
-    """The text of "FILE" or of a part of it, "FILE@0.5-1". A .jsonl file gives its exercises with their solutions.
+class Collector:
+    """Runs pieces of text through a model and keeps keys and targets of every layer."""
 
-    Raises ValueError for a source that cannot be read so.
-    """
-    name, _, part = source.partition("@")
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"text file {name!r} does not exist")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(_exercise(json.loads(line), name) for line in text.splitlines())
-    try:
-        begin, end = (float(x) for x in part.split("-")) if part else (0.0, 1.0)
-    except ValueError:
-        raise ValueError(f"the part of a text must look like 0.5-1; got {part!r}") from None
-    return text[int(begin * len(text)) : int(end * len(text))]
+    def __init__(self, model: Any, tokenizer: Any, recipe: Recipe) -> None:
+        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
+        self.device = next(model.parameters()).device
+        self.request = tokenizer(REQUEST, add_special_tokens=False, return_tensors="pt").input_ids[0]
+
+    @torch.no_grad()
+    def piece(self, text: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Keys (layers, num_kv_heads, n, head_dim) and targets (layers, num_kv_heads, n) of the ``chosen`` tokens.
+
+        text (length,), chosen (n,) indices.
+        """
+        length, layers = len(text), list[dict[str, torch.Tensor]]()
+
+        def listen(call: LayerCall) -> None:
+            found = attention_targets(call.q[0], call.k[0], call.scale, length)
+            found["value_norm"] = value_norms(call, length)
+            found["keys"] = call.pre_rope[0, :, :length]
+            if self.recipe.values:
+                found["values"] = call.v[0, :, :length]
+            if self.recipe.hidden:
+                found["hidden"] = call.hidden[0, None, :length]
+            layers.append({name: x[:, chosen].cpu() for name, x in found.items()})
+
+        ids = torch.cat([text, self.request, text])[None].to(self.device)
+        with recording(self.model, listen):
+            self.model.base_model(ids, use_cache=False)
+        return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+    def shard(self, shard: Shard, texts: Mixture) -> dict[str, torch.Tensor]:
+        """Tensors of a shard: those of ``piece``, and the position and piece of each token."""
+        recipe, parts = self.recipe, list[dict[str, torch.Tensor]]()
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + shard.number)
+        count = max(round(recipe.keep * (recipe.length - SINKS)), 1)
+        for i in range(PIECES):
+            text = texts.piece(self.tokenizer, f"{recipe.seed}/{shard.number}/{i}", recipe.length)
+            chosen = torch.randperm(recipe.length - SINKS, generator=generator)[:count].add(SINKS).sort().values
+            part = self.piece(text, chosen.to(self.device))
+            parts.append(part | {"positions": chosen.int(), "pieces": torch.full_like(chosen, i, dtype=torch.int32)})
+        joined = {}
+        for name in parts[0]:
+            dim = 0 if parts[0][name].dim() == 1 else 2
+            joined[name] = torch.cat([part[name] for part in parts], dim).contiguous()
+        return joined
 
 
-def _exercise(entry: dict[str, Any], name: str) -> str:
-    for fields in FIELDS:
-        if all(field in entry for field in fields):
-            return "\n".join(str(entry[field]) for field in fields)
-    raise ValueError(f"{name!r} must hold exercises with {' or '.join(' and '.join(f) for f in FIELDS)}")
+def missing(folder: Path, recipe: Recipe) -> Iterator[Shard]:
+    """Shards that this process is to make: every process of a launch takes its share."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for shard in plan(recipe)[rank::world]:
+        if not shard.path(folder).is_file():
+            yield shard
 
 
-def documents(tokenizer: Any, source: str, count: int, length: int) -> list[torch.Tensor]:
-    """``count`` pieces (1, length) of a text, at even distances. Raises ValueError if the text is too short."""
-    text, pieces = read_text(source), []
-    for i in range(count):
-        begin = len(text) * i // count
-        ids = tokenizer(text[begin : begin + 12 * length], return_tensors="pt").input_ids[:, :length]
-        if ids.shape[1] < length:
-            raise ValueError(f"{source!r} has too little text for {count} pieces of {length} tokens")
-        pieces.append(ids)
-    return pieces
+def describe(folder: Path, recipe: Recipe, config: Any) -> None:
+    """Write dataset.json, or check that the folder belongs to the same recipe. Raises ValueError."""
+    facts = {"format": FORMAT, "recipe": recipe.data()}
+    path = folder / "dataset.json"
+    if path.is_file():
+        known = json.loads(path.read_text())
+        if {k: known[k] for k in facts} != facts:
+            raise ValueError(f"{str(folder)!r} holds shards of another recipe: name another folder with --out")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    geometry = ModelGeometry.from_config(config)
+    shape = {"num_layers": geometry.num_layers, "num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(facts | shape, indent=2) + "\n")
+    partial.replace(path)
+
+
+def collect_shards(recipe: Recipe, folder: Path, seconds: float = math.inf, quiet: bool = False) -> int:
+    """Make what is missing of a data set, for at most about ``seconds``; returns how many shards are still missing."""
+    start, todo = time.monotonic(), list(missing(folder, recipe))
+    if not todo:
+        return 0
+    model, tokenizer = load(recipe.model, recipe.dtype)
+    if torch.cuda.is_available():
+        model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    describe(folder, recipe, model.config)
+    mixtures = {split: Mixture.read(recipe.sources, split, recipe.valid_share) for split in SPLITS}
+    collector = Collector(model, tokenizer, recipe)
+    bar = tqdm(total=len(todo) * PIECES * recipe.length, unit="token", unit_scale=True, disable=quiet, mininterval=5)
+    with bar:
+        for done, shard in enumerate(todo):
+            if time.monotonic() - start > seconds:
+                return len(todo) - done
+            path = shard.path(folder)
+            partial = path.with_suffix(f".{os.getpid()}")
+            save_file(collector.shard(shard, mixtures[shard.split]), partial, {"format": "pt"})
+            partial.replace(path)
+            bar.update(PIECES * recipe.length)
+    return 0
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the shards")],
+    recipe: Annotated[Path, typer.Option(help="a YAML file, or a name in training/recipes")] = Path("small"),
+    model: Annotated[str | None, typer.Option(help="instead of the recipe's")] = None,
+    seconds: Annotated[float, typer.Option(help="stop after about this long; a later call goes on")] = math.inf,
+) -> None:
+    """Collect, or go on collecting."""
+    left = collect_shards(Recipe.load(recipe, **({"model": model} if model else {})), out, seconds)
+    typer.echo(f"{left} shards are still to be made" if left else f"{out} is complete", err=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

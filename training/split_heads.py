@@ -24,8 +24,9 @@ from bench.models import load
 from bench.output import show
 from smartkv_ext.policies import get_policy
 
-from .collect import collect, documents
 from .reconstruction import NUM_SINKS, Trace
+from .texts import documents
+from .traces import collect
 
 
 def retrieval_scores(traces: Sequence[Trace], recent: int) -> torch.Tensor:

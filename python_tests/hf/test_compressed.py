@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from gates.make_gates import usable
 from hf.tiny import KINDS, generate, prompts, tiny
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -122,7 +123,7 @@ def test_quantised_equals_dequantised_oracle(kind, policy):
     ids, mask = prompts(3)
     budget = BUDGETS.get(policy, 0.6)
     out, cache, recorder = compressed_run(
-        model, ids, mask, values=True, budget=budget, policy=policy, tiers=(2, 3, 4, 8)
+        model, ids, mask, values=True, budget=budget, policy=usable(policy, model), tiers=(2, 3, 4, 8)
     )
     assert sum(cache.report().tokens_per_tier[t] for t in ("2", "3", "4", "8")) > 10
     assert_replay_equal(model, ids, mask, out, recorder, atol=5e-4)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from gates.make_gates import usable
 from hf.tiny import generate, prompts, tiny
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
-from smartkv_ext.policies import POLICIES, get_policy
+from smartkv_ext.policies import POLICIES
 
 RULES = [
     {"layers": "0", "policy": {"name": "streaming_llm", "recent": 16}, "share": 0},
@@ -32,7 +33,7 @@ def test_512_new_tokens_in_a_padded_batch(spec):
     ids, mask = prompts(2, 200)
     limit = 105_000 * model.config.num_hidden_layers
     with smartkv_ext.patch(model), torch.inference_mode():
-        cache = SmartKVCache(model.config, budget=f"{limit}b", policy=get_policy(spec), window=48)
+        cache = SmartKVCache(model.config, budget=f"{limit}b", policy=usable(spec, model), window=48)
         logits = model(ids, attention_mask=mask, past_key_values=cache).logits
         before = evicted(cache)
         for step in range(512):
@@ -75,7 +76,7 @@ def test_saved_and_loaded_it_goes_on_as_before(tmp_path, spec):
     model = tiny("qwen3")
     ids, mask = prompts(2, 300)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.5, policy=get_policy(spec), window=24)
+        cache = SmartKVCache(model.config, budget=0.5, policy=usable(spec, model, tmp_path / "gates"), window=24)
         out = generate(model, ids, mask, cache, new=21)
         cache.save(tmp_path / "cache.safetensors")
         loaded = SmartKVCache.load(tmp_path / "cache.safetensors", model.config)
@@ -91,7 +92,7 @@ def test_crop_then_go_on(spec):
     model = tiny("qwen2")
     ids, mask = prompts(2, 300)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=0.6, policy=get_policy(spec), window=24)
+        cache = SmartKVCache(model.config, budget=0.6, policy=usable(spec, model), window=24)
         model(ids, attention_mask=mask, past_key_values=cache)
         cache.crop(-120)
         assert all(layer.store.is_empty or int(layer.store.positions().max()) < 180 for layer in cache.layers)
@@ -120,7 +121,7 @@ def test_layers_get_what_the_policy_says():
     held = {}
     for spec in ("snapkv", "pyramidkv", {"name": "map", "default": "snapkv", "rules": RULES[:1]}):
         with smartkv_ext.patch(model), torch.no_grad():
-            cache = SmartKVCache(model.config, budget=0.25, policy=get_policy(spec), window=32)
+            cache = SmartKVCache(model.config, budget=0.25, policy=usable(spec, model), window=32)
             model(ids, past_key_values=cache)
         assert cache.report().ratio <= 0.25
         held[str(spec)] = [sum(pool.nbytes for pool in layer.store.pools) for layer in cache.layers]
@@ -145,7 +146,7 @@ def test_heads_share_a_layers_budget_with_a_floor():
     for floor in (0.0, 0.3, 1.0, None):
         spec = "knorm" if floor is None else {"name": "adakv", "base": "knorm", "floor": floor}
         with smartkv_ext.patch(model), torch.no_grad():
-            cache = SmartKVCache(model.config, budget=0.125, policy=get_policy(spec), window=32, tiers=(3,))
+            cache = SmartKVCache(model.config, budget=0.125, policy=usable(spec, model), window=32, tiers=(3,))
             model(ids, past_key_values=cache)
         assert cache.report().ratio <= 0.125
         records[floor] = cache.layers[1].store.cache_seqlens[0, :, 0].tolist()

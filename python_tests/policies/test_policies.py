@@ -112,7 +112,9 @@ def test_registry():
     assert isinstance(get_policy("snapkv", kernel_size=7), Policy)
     policy = get_policy("knorm")
     assert get_policy(policy) is policy
-    with pytest.raises(ValueError, match="policy must be one of adakv, evolved, expected_attention, full, h2o"):
+    with pytest.raises(
+        ValueError, match="policy must be one of adakv, evolved, expected_attention, full, gate, gate_hybrid,"
+    ):
         get_policy("magic")
     with pytest.raises(TypeError, match="policy must be a name or a Policy; got int"):
         get_policy(3)

@@ -18,8 +18,10 @@ def make_view(n=40, q_len=32, batch=2, heads=2, groups=3, seed=0, state=None, st
     received, recent = (
         torch.rand(2, batch, heads, n, generator=generator) * torch.tensor([3.0, 1.0])[:, None, None, None]
     )
+    key_scores = torch.randn(batch, heads, n, generator=generator)
+    key_scores[1, :, :5] = torch.nan
     return TokenView(
-        layer_idx=1, num_layers=4, keys=keys, values=values,
+        key_scores=key_scores, layer_idx=1, num_layers=4, keys=keys, values=values,
         pre_rope_keys=None, positions=positions,
         queries=torch.randn(batch, heads * groups, q_len, 64, generator=generator) if q_len else None,
         lse=None, q_start=start + n - q_len, softmax_scale=0.125, sliding_window=0, head_offset=0,

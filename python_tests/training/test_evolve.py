@@ -12,12 +12,12 @@ from smartkv_ext.policies import get_policy
 from smartkv_ext.policies.expression import Expression, walk
 from smartkv_ext.policies.features import FEATURES
 from training import evolve
-from training.collect import documents, read_text
 from training.grammar import MAX_NODES, Grammar, replace, size
 from training.journal import Journal
 from training.reconstruction import reconstruction_errors
 from training.samples import Samples
 from training.synthetic import Pattern, generate_traces
+from training.texts import documents, read_text
 
 SMALL = Pattern(documents=2, layers=2, tokens=96, future=32)
 

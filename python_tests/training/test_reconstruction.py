@@ -53,7 +53,7 @@ def test_the_future_itself_is_the_best_score_and_chance_loses_its_share(traces):
             return next(t.future for t in traces if t.view is view)
 
     best = reconstruction_errors(Oracle(), traces, window=0)
-    for name in sorted(set(POLICIES) - {"full", "map"}):
+    for name in sorted(set(POLICIES) - {"full", "map", "gate", "gate_hybrid"}):
         errors = reconstruction_errors(get_policy(name), traces, window=4)
         assert all(e >= b - 1e-6 for e, b in zip(errors, best, strict=True)), name
         assert errors == sorted(errors, reverse=True), name

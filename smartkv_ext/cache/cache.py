@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from smartkv_ext.policies import Policy
+from smartkv_ext.policies import Policy, get_policy
 from smartkv_ext.quant import Budget
 from smartkv_ext.reference.layout import BITS
 
 from . import serialize
+from .arrivals import score_arrivals
 from .compress import compress
 from .config import CacheConfig, ModelGeometry, inverse_frequencies
 from .layer import SmartKVLayer
@@ -60,7 +61,8 @@ class SmartKVCache(Cache):
         precision: str = "auto",
     ) -> None:
         self.smartkv_config = CacheConfig.create(
-            ModelGeometry.from_config(config), inverse_frequencies(config), budget=budget, policy=policy, tiers=tiers,
+            ModelGeometry.from_config(config), inverse_frequencies(config), budget=budget,
+            policy=get_policy(policy).for_model(config), tiers=tiers,
             sinks=sinks, window=window, scope=scope, levels=levels, mean_shift=mean_shift,
             precision=precision,
         )  # fmt: skip
@@ -94,6 +96,8 @@ class SmartKVCache(Cache):
         """Called by the attention function when a layer has appended and attended: pack what is due."""
         layer = self.layers[layer_idx]
         layer.softmax_scale = softmax_scale
+        if layer_idx == len(self.layers) - 1:
+            score_arrivals(self.layers)
         if self.smartkv_config.scope != "global":
             if layer.is_due():
                 compress([layer], softmax_scale)

@@ -10,7 +10,7 @@ from smartkv_ext import ops
 from smartkv_ext.policies import RecordView, TokenView
 from smartkv_ext.reference.layout import PAGE_SIZE
 
-from .config import UNLIMITED
+from .config import KEY_SCORE, UNLIMITED
 from .layer import SmartKVLayer
 from .meter import RECEIVED, RECENT, page_meter_bytes
 
@@ -146,6 +146,7 @@ def _token_view(layer: SmartKVLayer, softmax_scale: float, lse: torch.Tensor | N
         received=window.held(RECEIVED)[..., 0] if names else None,
         recent=window.held(RECENT)[..., 0] * layer.recent_scale() if RECENT in names else None,
         inv_freq=torch.tensor(inv_freq, device=layer.device) if inv_freq else None,
+        key_scores=window.held(KEY_SCORE)[..., 0] if policy.scores_keys else None,
     )
 
 

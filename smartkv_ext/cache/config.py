@@ -22,6 +22,7 @@ MIN_BLOCK = 8  # fewest tokens packed at a time
 MAX_BLOCK = PAGE_SIZE
 DENSE_SHARE = 0.5  # of the byte budget that sinks and window may take before the window shrinks
 UNLIMITED = 2**62
+KEY_SCORE = "key_score"  # buffer of the window: what the policy said of a token when it came
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,18 @@ class CacheConfig:
 
     def dense_token_bytes(self, num_kv_heads: int, itemsize: int) -> int:
         """Bytes of a token in the dense window of one layer, its position aside."""
-        per_head = self.geometry.head_dim * len(self.buffers) * itemsize + 4 * len(meter_names(self.policy))
+        per_head = self.geometry.head_dim * len(self.buffers) * itemsize + 4 * len(self.sums)
         return num_kv_heads * per_head
 
     @property
     def buffers(self) -> tuple[str, ...]:
         """Names of the window's buffers."""
         return ("k", "v", "pre_rope") if self.policy.needs_pre_rope_keys else ("k", "v")
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Names of the window's buffers of one float32 per token and head."""
+        return meter_names(self.policy) + ((KEY_SCORE,) if self.policy.scores_keys else ())
 
     def full_bytes(self, tokens: int) -> int:
         """Bytes of the full bf16 cache of ``tokens`` tokens, all layers and heads of the whole model."""

@@ -10,10 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from smartkv_ext import ops
 
-from .config import CacheConfig
-from .meter import RECEIVED, RECENT, AttentionMeter, meter_names
+from .config import KEY_SCORE, CacheConfig
+from .meter import RECEIVED, RECENT, AttentionMeter
 from .store import PagedStore
 from .window import DenseWindow
+
+MAX_DEFERRED = 8  # tokens of a forward that may wait for its end: fewer than any window, so they are not packed before
 
 
 class SmartKVLayer(CacheLayerMixin):
@@ -50,6 +52,7 @@ class SmartKVLayer(CacheLayerMixin):
         self.recording = False  # lossy steps wait until crop() commits (assisted decoding)
         self.uncommitted = False  # while recording: a forward that no crop() has followed yet
         self.lost_until = -1  # positions up to here have left the sliding window and are gone
+        self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None  # pre-RoPE keys and values still to be scored
         self._handed_over = False
 
     # -- transformers protocol -------------------------------------------------------------------------------------
@@ -65,8 +68,7 @@ class SmartKVLayer(CacheLayerMixin):
         window, block = self.config.dense_sizes(budget, heads, self.dtype.itemsize)
         self.capacity = self.config.num_sinks + window + block  # slots in use at which the oldest are packed
         shape = (batch, heads, self.capacity, head_dim)
-        sums = meter_names(self.config.policy)
-        self.window = DenseWindow(self.config.buffers, shape, self.dtype, self.device, sums)
+        self.window = DenseWindow(self.config.buffers, shape, self.dtype, self.device, self.config.sums)
         self.store = PagedStore(self.config.quant, batch, heads, head_dim, self.dtype, self.device)
         self.meter = AttentionMeter(self.config.policy, self.store)
         self.row_tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -137,7 +139,7 @@ class SmartKVLayer(CacheLayerMixin):
     def crop(self, length: int) -> None:
         """Remove the -length newest tokens (length <= 0), or keep the first ``length`` (older transformers)."""
         new = length if length > 0 else self.seen + length
-        self.uncommitted = False
+        self.uncommitted, self.arrived = False, None
         if not self.is_initialized or new >= self.seen:
             return
         self.check_crop(new)
@@ -223,8 +225,24 @@ class SmartKVLayer(CacheLayerMixin):
                 raise RuntimeError(f"policy {self.config.policy.name!r} needs pre-RoPE keys and the model gave none")
             new["pre_rope"] = pre_rope
         self.window.append(new, self.seen, valid)
+        if self.config.policy.scores_keys:
+            self._arrive(pre_rope, v)
         self.seen += k.shape[2]
         self.row_tokens += k.shape[2] if valid is None else valid.sum(1)
+
+    def _arrive(self, pre_rope: torch.Tensor | None, v: torch.Tensor) -> None:
+        """Score new tokens, or leave that to the end of the forward if they are few: then all layers are one launch."""
+        if pre_rope is None:
+            raise RuntimeError(f"policy {self.config.policy.name!r} scores pre-RoPE keys and the model gave none")
+        self.arrived = pre_rope, v
+        if v.shape[2] > MAX_DEFERRED:
+            scores = self.config.policy.score_keys([pre_rope], [v], self.layer_idx, self.head_offset)
+            self.write_key_scores(scores[0])
+
+    def write_key_scores(self, scores: torch.Tensor) -> None:
+        """scores (batch, num_kv_heads, q_len) of the newest tokens."""
+        self.window.held(KEY_SCORE)[:, :, -scores.shape[2] :, 0] = scores
+        self.arrived = None
 
     def attend(
         self, q: torch.Tensor, softmax_scale: float, return_mass: bool = False, q_start: int | None = None

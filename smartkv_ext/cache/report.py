@@ -22,6 +22,7 @@ class CacheReport:
     tokens_seen: int  # longest sequence, padding not counted
     tokens_per_tier: dict[str, float]  # mean over layers, KV heads and sequences
     batch_size: int
+    shared_bytes: int = 0  # gate weights, once per process whatever the number of caches: not in total_bytes
 
     @property
     def ratio(self) -> float:
@@ -38,6 +39,8 @@ class CacheReport:
             f"({100 * self.ratio:.2f} % of the bf16 cache of {self.tokens_seen:,} tokens x {self.batch_size})"
         ]
         lines += [f"  {name:<16}{size:>14,}" for name, size in self.parts.items() if size]
+        if self.shared_bytes:
+            lines.append(f"  {'gate weights':<16}{self.shared_bytes:>14,}  shared by all caches, not counted above")
         kept = ", ".join(f"{name}: {count:.1f}" for name, count in self.tokens_per_tier.items() if count)
         return "\n".join([*lines, f"  tokens per head  {kept}"])
 
@@ -97,4 +100,5 @@ def report(layers: list[SmartKVLayer]) -> CacheReport:
             kept[str(bits)] = kept.get(str(bits), 0.0) + count * share
     kept["evicted"] = max(sum(rows) * share - sum(kept.values()), 0.0)
     longest = int(max(layer.row_tokens.max() for layer in active))
-    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch)
+    shared = first.config.policy.shared_bytes
+    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch, shared)

@@ -96,7 +96,7 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
     quant = header["quant"] | {"tiers": tuple(header["quant"]["tiers"])}
     cache.smartkv_config = CacheConfig(
         budget=Budget(**header["budget"]),
-        policy=get_policy(header["policy"]),
+        policy=get_policy(header["policy"]).for_model(config),
         quant=QuantSpec(**quant),
         num_sinks=header["num_sinks"],
         window=header["window"],

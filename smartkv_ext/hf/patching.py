@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from smartkv_ext.cache import SmartKVCache
 
 from .attention import NAME, smartkv_attention
+from .gate_check import sketch_of
 from .mask import smartkv_forward, smartkv_mask
 from .pre_rope import capture, key_source, on_key, release
 
@@ -31,13 +32,17 @@ def _before_attention(
     if not isinstance(cache, SmartKVCache) or cast(Any, module.config)._attn_implementation != NAME:
         return None  # update() then refuses: another attention function would not see what the cache holds
     cache.layers[cast(int, module.layer_idx)].hand_over()
-    if cache.smartkv_config.policy.needs_pre_rope_keys:
+    policy = cache.smartkv_config.policy
+    if policy.needs_pre_rope_keys or policy.scores_keys:
         kwargs["smartkv_pre_rope"] = capture(module)
     return args, {**kwargs, "smartkv_cache": cache}
 
 
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    smartkv_forward.set(isinstance(kwargs.get("past_key_values"), SmartKVCache))
+    cache = kwargs.get("past_key_values")
+    smartkv_forward.set(isinstance(cache, SmartKVCache))
+    if isinstance(cache, SmartKVCache):
+        cache.smartkv_config.policy.check_keys(lambda: sketch_of(module))
 
 
 def _after_model(module: nn.Module, args: Any, output: Any) -> None:

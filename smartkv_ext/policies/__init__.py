@@ -7,6 +7,7 @@ from .attention import TOVA, PyramidKV, SnapKV
 from .base import Policy, RecordView, TokenView
 from .cumulative import H2O, Evolved, Hybrid, LayerAware
 from .expected import ExpectedAttention
+from .gate import Gate, GateHybrid
 from .keys import KeyDiff, Knorm
 from .map import PolicyMap
 from .position import Full, Random, SlidingWindow, StreamingLLM
@@ -16,7 +17,7 @@ POLICIES |= {
     policy.name: policy
     for policy in (
         Full, SlidingWindow, StreamingLLM, Knorm, KeyDiff, SnapKV, PyramidKV, TOVA, H2O, ExpectedAttention, Hybrid,
-        LayerAware, Evolved, AdaKV, PolicyMap, Random,
+        LayerAware, Evolved, Gate, GateHybrid, AdaKV, PolicyMap, Random,
     )
 }  # fmt: skip
 

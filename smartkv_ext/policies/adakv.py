@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,16 @@ import torch
 from .base import Policy, RecordView, TokenView
 from .registry import get_policy
 
-ASKS = ("prefill_queries", "decode_queries", "accumulates", "recent_queries", "needs_pre_rope_keys", "keeps_sinks")
+ASKS = (
+    "prefill_queries",
+    "decode_queries",
+    "accumulates",
+    "recent_queries",
+    "needs_pre_rope_keys",
+    "scores_keys",
+    "shared_bytes",
+    "keeps_sinks",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,17 @@ class AdaKV(Policy):
 
     def score(self, view: TokenView) -> torch.Tensor:
         return self._base.score(view)
+
+    def score_keys(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], first_layer: int, head_offset: int
+    ) -> torch.Tensor:
+        return self._base.score_keys(keys, values, first_layer, head_offset)
+
+    def for_model(self, config: Any) -> AdaKV:
+        return replace(self, base=self._base.for_model(config))
+
+    def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
+        self._base.check_keys(sketch)
 
     def refresh(self, records: RecordView) -> torch.Tensor:
         return self._base.refresh(records)

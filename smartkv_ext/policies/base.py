@@ -8,7 +8,7 @@ copied with it).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -43,6 +43,7 @@ class TokenView:
     received: torch.Tensor | None = None  # (batch, num_kv_heads, n) float32 attention from all queries so far
     recent: torch.Tensor | None = None  # the same from the newest ``recent_queries`` queries; None unless asked for
     inv_freq: torch.Tensor | None = None  # (head_dim / 2,) float32 RoPE angles per position; None: no RoPE known
+    key_scores: torch.Tensor | None = None  # (batch, num_kv_heads, n) float32: what ``score_keys`` said of each token
 
     @property
     def seen(self) -> int:
@@ -85,7 +86,9 @@ class Policy:
     )
     accumulates: ClassVar[bool] = False  # asks for ``received``: the attention that each token got from every query
     recent_queries: ClassVar[int] = 0  # asks for ``recent`` too, from this many newest queries
-    needs_pre_rope_keys: ClassVar[bool] = False
+    needs_pre_rope_keys: ClassVar[bool] = False  # asks for them at packing: the window then holds them all
+    scores_keys: ClassVar[bool] = False  # ``score_keys`` looks at tokens as they come: the window holds its answer
+    shared_bytes: ClassVar[int] = 0  # weights that all caches of a process share
     evicts: ClassVar[bool] = True  # False: every token is kept, the budget only chooses its bits
     compares_heads: ClassVar[bool] = False  # True: scores of different heads of a layer are on one scale
     head_floor: ClassVar[float] = 0.0  # share of an even split that a head is sure of where heads compete
@@ -93,6 +96,16 @@ class Policy:
 
     def score(self, view: TokenView) -> torch.Tensor:
         """(batch, num_kv_heads, n) float32; -inf: evict whatever the budget. Entries at positions of -1 are ignored."""
+        raise NotImplementedError
+
+    def score_keys(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], first_layer: int, head_offset: int
+    ) -> torch.Tensor:
+        """(layers, batch, num_kv_heads, n) float32 of new tokens of consecutive layers; ``TokenView.key_scores`` later.
+
+        keys (before RoPE), values: per layer (batch, num_kv_heads, n, head_dim), all on one device. Long forwards come
+        layer by layer, a decoding step with all layers at once.
+        """
         raise NotImplementedError
 
     def refresh(self, records: RecordView) -> torch.Tensor:
@@ -116,6 +129,14 @@ class Policy:
         """Bytes of this layer's pages relative to an even split over the layers; the shares of all layers average 1."""
         del layer_idx, num_layers, num_kv_heads
         return 1.0
+
+    def for_model(self, config: Any) -> Policy:
+        """The policy as it serves a model of this transformers config. Raises ValueError if it cannot."""
+        del config
+        return self
+
+    def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
+        """Raise ValueError if the policy has learned from a model with other key projections (``gates.key_sketch``)."""
 
     def check(self, num_layers: int, num_kv_heads: int) -> None:
         """Raise ValueError if the policy cannot serve a model of this shape."""

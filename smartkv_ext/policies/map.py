@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from .registry import get_policy
 EVERY = "*"
 MOST = 10_000  # layers or heads
 RULE_KEYS = ("layers", "heads", "policy", "share")
-_SUMMED = ("prefill_queries", "decode_queries", "recent_queries")
+_SUMMED = ("prefill_queries", "decode_queries", "recent_queries", "shared_bytes")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class PolicyMap(Policy):
         for policy in used:
             if not policy.evicts or isinstance(policy, PolicyMap):
                 raise ValueError(f"a map may hold policies that evict, and no map; got {policy.name!r}")
+        if len({getattr(policy, "gates", None) for policy in used if policy.scores_keys}) > 1:
+            raise ValueError("the gates of a map must all be the same")
         for name in ASKS:
             values = [getattr(policy, name) for policy in used]
             object.__setattr__(self, name, max(values) if name in _SUMMED else any(values))
@@ -126,6 +128,21 @@ class PolicyMap(Policy):
                     )
         if not any(self._of(i, h)[1] for i in range(num_layers) for h in range(num_kv_heads)):
             raise ValueError("policy map: some head must have a share above 0; all have 0")
+
+    def for_model(self, config: Any) -> PolicyMap:
+        made = replace(self)
+        made._policies[:] = [policy.for_model(config) for policy in made._policies]
+        object.__setattr__(made, "shared_bytes", max(policy.shared_bytes for policy in made._policies))
+        return made
+
+    def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
+        for policy in self._policies:
+            policy.check_keys(sketch)
+
+    def score_keys(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], first_layer: int, head_offset: int
+    ) -> torch.Tensor:
+        return next(p for p in self._policies if p.scores_keys).score_keys(keys, values, first_layer, head_offset)
 
     def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
         shares = [sum(self._of(i, h)[1] for h in range(num_kv_heads)) for i in range(num_layers)]

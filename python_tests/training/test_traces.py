@@ -4,8 +4,8 @@ import torch
 from hf.tiny import prompts, tiny
 
 from smartkv_ext.policies import get_policy
-from training.collect import collect
 from training.split_heads import policy_map, retrieval_scores
+from training.traces import collect
 
 
 def test_traces_equal_the_models_own_attention():

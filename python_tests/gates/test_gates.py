@@ -1,0 +1,138 @@
+"""Gates: scores as the reference says, files that say what is wrong with them, models that are not theirs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from gates.make_gates import facts, random_gates
+from hf.tiny import tiny
+from safetensors.torch import load_file, save_file
+
+from smartkv_ext import reference
+from smartkv_ext.gates import Gates, ModelFacts, key_sketch, shipped_gates
+from smartkv_ext.gates.model import sketch_cosine
+from smartkv_ext.hf.gate_check import sketch_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny("qwen2")
+    gates = random_gates(
+        ModelFacts.from_config(model.config), sketch=sketch_of(model), quantiles=torch.linspace(-8, 0, 257),
+        info={"base_model": "tiny"},
+    )  # fmt: skip
+    gates.save_pretrained(tmp_path / "gates")
+    return tmp_path / "gates"
+
+
+@pytest.mark.parametrize("hidden", [(16,), (32, 32)])
+@pytest.mark.parametrize("inputs", ["key", "key_value"])
+def test_scores_equal_the_reference(hidden, inputs):
+    gates = random_gates(hidden=hidden, inputs=inputs)
+    keys, values = torch.randn(2, 4, 1, 2, 9, 64)
+    x = torch.cat([keys, values], -1) if inputs == "key_value" else keys
+    want = reference.gate_score(list(x), gates.weights, gates.biases)
+    torch.testing.assert_close(gates.score(list(keys), list(values)), want, rtol=2e-2, atol=2e-2)
+    some = gates.score(list(keys[1:3, :, 1:]), list(values[1:3, :, 1:]), first_layer=1, first_head=1)
+    torch.testing.assert_close(some, want[1:3, :, 1:], rtol=2e-2, atol=2e-2)
+
+
+def test_a_saved_file_is_the_same_gates(folder):
+    again = Gates.from_pretrained(folder)
+    made = random_gates(again.model)
+    for a, b in zip((*made.weights, *made.biases), (*again.weights, *again.biases), strict=True):
+        assert torch.equal(a, b)
+    assert again.info == {"base_model": "tiny"} and again.source == str(folder)
+    assert again.threshold(0.25) == pytest.approx(-2.0) and again.threshold(1.0) == -8
+
+
+def test_thresholds_that_cannot_be():
+    gates = random_gates()
+    with pytest.raises(ValueError, match="no quantiles"):
+        gates.threshold(0.5)
+    with pytest.raises(ValueError, match=r"retention must lie in \(0, 1\]; got 0"):
+        gates.threshold(0)
+    with pytest.raises(ValueError, match=r"needs binary gates; got 0\.1 and compact gates"):
+        gates.probability_score(0.1)
+    binary = random_gates(kind="binary")
+    assert binary.probability_score(0.1) == pytest.approx(-2.1972, abs=1e-3)
+
+
+def edit_config(**changes):
+    def damage(folder):
+        path = folder / "smartkv_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def truncate(folder):
+    path = folder / "smartkv_gates.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign(folder):
+    (folder / "smartkv_gates.safetensors").write_bytes(b"PK\x03\x04 not this")
+
+
+def other_shape(folder):
+    path = folder / "smartkv_gates.safetensors"
+    save_file(load_file(path) | {"weight.0": torch.zeros(4, 2, 8, 64)}, path)
+
+
+def not_finite(folder):
+    path = folder / "smartkv_gates.safetensors"
+    tensors = load_file(path)
+    tensors["bias.0"][0, 0, 0] = torch.nan
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (truncate, "is damaged or not a safetensors file"),
+        (foreign, "is damaged or not a safetensors file"),
+        (other_shape, "does not belong to its smartkv_config.json"),
+        (not_finite, "must be finite numbers"),
+        (edit_config(format_version=2), "has format_version 2; this smartkv_ext reads up to 1"),
+        (edit_config(smartkv_type="adapter"), "does not describe gates"),
+        (edit_config(kind="huge"), "kind must be one of compact, regression, binary; got 'huge'"),
+        (edit_config(model={"num_layers": 4}), "the model's facts must be"),
+        (edit_config(linear_layers=3), "weight.2"),
+        (lambda f: (f / "smartkv_config.json").write_text("{"), "is damaged: it is not JSON"),
+        (edit_config(shapes=None), "does not belong to its smartkv_config.json"),
+        (lambda f: (f / "smartkv_config.json").unlink(), "has no smartkv_config.json"),
+        (lambda f: (f / "smartkv_gates.safetensors").unlink(), "has no smartkv_gates.safetensors"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
+def test_a_bad_file_is_refused_with_a_sentence(folder, damage, sentence):
+    damage(folder)
+    with pytest.raises(ValueError) as caught:
+        Gates.from_pretrained(folder)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_gates_know_their_model(folder):
+    gates = Gates.from_pretrained(folder)
+    gates.check_model(facts())
+    with pytest.raises(ValueError, match="this one has num_layers 6, not 4; vocab_size 7, not 98"):
+        gates.check_model(facts(layers=6, vocab_size=7))
+    gates.check_sketch(sketch_of(tiny("qwen2").bfloat16()))
+    with pytest.raises(ValueError, match="another model of the same shape"):
+        gates.check_sketch(sketch_of(tiny("qwen2", seed=5)))
+
+
+def test_sketches_see_through_noise_and_tell_models_apart():
+    weights = [torch.randn(128, 96, generator=torch.Generator().manual_seed(i)) for i in range(12)]
+    sketch = key_sketch(weights)
+    assert sketch_cosine(sketch, key_sketch([w + 0.1 * torch.randn_like(w) for w in weights])) > 0.95
+    others = [torch.randn(128, 96, generator=torch.Generator().manual_seed(i)) for i in range(20, 32)]
+    assert abs(sketch_cosine(sketch, key_sketch(others))) < 0.5
+    assert sketch_cosine(sketch, key_sketch(weights[:5])) == 0
+
+
+def test_a_model_without_shipped_gates_is_told_so():
+    with pytest.raises(ValueError, match="no gates for this model come with the package"):
+        shipped_gates(facts())

@@ -1,0 +1,82 @@
+"""A recipe: everything that decides what a run produces. A YAML or JSON file; unknown keys are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults are those of the small run."""
+
+    model: str = "smollm2"
+    dtype: str = "bfloat16"
+    sources: Mapping[str, float] = field(default_factory=lambda: {"stdlib": 1.0})
+    valid_share: float = 0.1  # of the documents; they belong to the valid split
+    seed: int = 0
+
+    # collect
+    length: int = 512  # tokens of a piece; the model sees it twice
+    tokens: int = 32_768  # tokens whose attention is measured, validation included
+    keep: float = 1.0  # share of them that is stored
+    values: bool = False  # store values too, for gates that look at both
+    hidden: bool = False  # store hidden states too: they are large, and only the KVzap-style rival needs them
+
+    # train
+    kind: str = "compact"  # compact, regression or binary
+    target: str = "recon_max"  # of training.targets
+    weighted: bool = False  # add log value_norm to the target
+    inputs: str = "key"  # key or key_value
+    hidden_size: int | None = None  # None: as the kind says
+    horizon: int = 256  # binary: attention from queries more than this many tokens later ...
+    threshold: float = 0.01  # ... with more than this probability
+    loss: str = "mse"  # mse or huber, of regression and compact
+    epochs: int = 20
+    batch: int = 512  # tokens, of each head
+    learning_rate: float = 5e-3
+    patience: int = 4  # epochs without a better validation loss
+
+    def __post_init__(self) -> None:
+        for name, accepted in (
+            ("kind", ("compact", "regression", "binary")), ("inputs", ("key", "key_value")), ("loss", ("mse", "huber")),
+        ):  # fmt: skip
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {getattr(self, name)!r}")
+        for name in ("length", "tokens", "epochs", "batch", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("valid_share", "keep"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
+        if not self.sources or min(self.sources.values()) <= 0:
+            raise ValueError(f"sources must name at least one text with a weight above 0; got {dict(self.sources)}")
+
+    @classmethod
+    def load(cls, path: Path, **changes: Any) -> Recipe:
+        """Read a file, or one of training/recipes by its name. Raises ValueError naming what is wrong."""
+        path = path if path.suffix else RECIPES / f"{path.name}.yaml"
+        if not path.is_file():
+            raise ValueError(f"recipe {str(path)!r} does not exist")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+        known = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or set(content) - known:
+            unknown = sorted(map(str, set(content) - known)) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"recipe {str(path)!r} must be a mapping of {', '.join(sorted(known))}; got {unknown}")
+        return cls(**(content | changes))
+
+    def data(self) -> dict[str, Any]:
+        """The part that decides the collected data."""
+        names = (
+            "model", "dtype", "sources", "valid_share", "seed", "length", "tokens", "keep", "values", "hidden",
+        )  # fmt: skip
+        return {name: asdict(self)[name] for name in names}
