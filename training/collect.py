@@ -107,9 +107,11 @@ class Collector:
 
 
 def missing(folder: Path, recipe: Recipe) -> Iterator[Shard]:
-    """Shards that this process is to make: every process of a launch takes its share."""
+    """Shards that this process is to make: every process of a launch takes its share. Those of the valid split come
+    first, so that what a stopped run has collected can be used.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for shard in plan(recipe)[rank::world]:
+    for shard in sorted(plan(recipe)[rank::world], key=lambda shard: shard.split == "train"):
         if not shard.path(folder).is_file():
             yield shard
 

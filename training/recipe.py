@@ -61,7 +61,7 @@ class Recipe:
     @classmethod
     def load(cls, path: Path, **changes: Any) -> Recipe:
         """Read a file, or one of training/recipes by its name. Raises ValueError naming what is wrong."""
-        path = path if path.suffix else RECIPES / f"{path.name}.yaml"
+        path = path if path.is_file() else RECIPES / f"{path.name}.yaml"
         if not path.is_file():
             raise ValueError(f"recipe {str(path)!r} does not exist")
         try:

@@ -28,6 +28,7 @@ from smartkv_ext.gates.gates import NUM_QUANTILES
 from smartkv_ext.hf.gate_check import sketch_of
 
 from .dataset import TokenSet, wanted_targets
+from .decay import measure_decay
 from .recipe import Recipe
 from .stacked import StackedGates, hidden_widths
 
@@ -53,9 +54,8 @@ class Trainer:
             out_mean, out_std = self.target.mean(1), self.target.std(1).clamp(min=1e-3)
         head_dim = train.facts["head_dim"]
         widths = hidden_widths(recipe.kind, head_dim, recipe.hidden_size)
-        self.model = StackedGates(mean.cpu(), std.cpu(), widths, out_mean.cpu(), out_std.cpu(), self.generator).to(
-            device
-        )
+        moments = [x.cpu() for x in (mean, std, out_mean, out_std)]  # weights are drawn on the CPU: one seed, one start
+        self.model = StackedGates(*moments, widths, self.generator).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), recipe.learning_rate, weight_decay=1e-3)
         self.epoch, self.waited = 0, 0
         self.best = torch.full((count,), torch.inf, device=device)
@@ -165,9 +165,8 @@ class Trainer:
         state |= {"epoch": torch.tensor(self.epoch), "waited": torch.tensor(self.waited)}
         state["generator"] = self.generator.get_state()
         partial = self.folder / (CHECKPOINT + ".partial")
-        save_file(
-            {name: x.contiguous().clone() for name, x in state.items()}, partial, {"recipe": str(self._settings())}
-        )
+        whole = {name: x.contiguous().clone() for name, x in state.items()}
+        save_file(whole, partial, {"recipe": str(self._settings())})
         partial.replace(self.folder / CHECKPOINT)
 
     def _settings(self) -> dict[str, Any]:
@@ -246,6 +245,7 @@ def train_gates(recipe: Recipe, data: Path, out: Path, quiet: bool = False) -> G
     trainer.fit(quiet)
     facts, sketch = facts_of(recipe.model)
     made = trainer.gates(facts, sketch, {"base_model": recipe.model, "tokens": sets[0].count})
+    made.decay = measure_decay(data).unflatten(0, (facts.num_layers, facts.num_kv_heads))
     made.save_pretrained(out)
     return made
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gates.make_gates import random_gates
 from hf.tiny import prompts, tiny
-from policies.views import attention, make_view, valid
+from policies.views import make_records, make_view, valid
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
@@ -127,18 +127,37 @@ def view_with_scores(scores, **options):
     return view
 
 
-def test_thresholds_evict_and_evidence_adds():
+def test_tokens_below_a_threshold_go():
     gates = random_gates(quantiles=torch.linspace(-10, 0, 257))
     scores = torch.randn(2, 2, 40) * 3 - 4
     view = view_with_scores(scores)
     for options, least in (({"threshold": -3.0}, -3.0), ({"retention": 0.25}, -2.5)):
-        got = get_policy("gate", gates=gates, **options).score(view)
+        got = get_policy("gate", gates=gates, recency=0.0, **options).score(view)
         assert torch.equal(got, scores.masked_fill(scores < least, -torch.inf))
-    policy = get_policy("gate", gates=gates, attention=2.0)
-    mass = attention(view, 32).unflatten(1, (2, -1)).sum((2, 3)) / 32
-    want = (scores.exp() + 2.0 * mass).log()
-    torch.testing.assert_close(policy.score(view)[valid(view)], want[valid(view)], rtol=1e-4, atol=1e-4)
-    assert policy.prefill_queries == 32 and get_policy("gate", gates=gates).prefill_queries == 0
+    calibration = torch.tensor([1.0, 0.0]).expand(4, 2, 2).clone()
+    calibration[1, 1] = torch.tensor([1.0, 4.0])
+    sure = get_policy("gate", gates=random_gates(calibration=calibration), probability=0.5, recency=0.0)
+    sure = sure.score(view)
+    assert torch.equal(sure, scores.masked_fill(scores < torch.tensor([0.0, -4.0])[:, None], -torch.inf))
+
+
+def test_age_counts_as_each_head_forgets():
+    decay = torch.rand(4, 2)
+    policy = get_policy("gate", gates=random_gates(decay=decay), recency=0.5)
+    scores = torch.randn(2, 2, 40)
+    view = view_with_scores(scores)
+    age = (40 - view.positions)[:, None]
+    fall = ((age + 64) / 64).log()
+    want = scores - 0.5 * decay[1][:, None] * fall
+    assert torch.allclose(policy.score(view)[valid(view)], want[valid(view)], atol=1e-5)
+    plain = get_policy("gate", gates=random_gates()).score(view)
+    assert torch.allclose(plain[valid(view)], (scores - fall)[valid(view)], atol=1e-5)
+    records = make_records()
+    fall = ((records.seen - records.positions + 64) / 64).log()
+    want = records.stored - 0.5 * decay[2][:, None] * fall
+    here = records.positions >= 0
+    assert torch.allclose(policy.refresh(records)[here], want[here], atol=1e-5)
+    assert torch.equal(policy.carried(want, None, 2, 0, records.stored), records.stored)
 
 
 def test_options_that_cannot_be():
@@ -146,8 +165,8 @@ def test_options_that_cannot_be():
     for options, sentence in (
         ({"threshold": 0.0, "retention": 0.5}, "give one of threshold, probability and retention"),
         ({"retention": 0.5}, "no quantiles"),
-        ({"probability": 0.5}, "needs binary gates"),
-        ({"attention": -1.0}, "attention must be a number of at least 0; got -1.0"),
+        ({"probability": 0.5}, "no calibration"),
+        ({"recency": -1.0}, "recency must be a number of at least 0; got -1.0"),
         ({"gates": "/nowhere"}, "does not exist"),
     ):
         with pytest.raises(ValueError, match=sentence):

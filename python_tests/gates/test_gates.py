@@ -53,10 +53,13 @@ def test_thresholds_that_cannot_be():
         gates.threshold(0.5)
     with pytest.raises(ValueError, match=r"retention must lie in \(0, 1\]; got 0"):
         gates.threshold(0)
-    with pytest.raises(ValueError, match=r"needs binary gates; got 0\.1 and compact gates"):
+    with pytest.raises(ValueError, match="no calibration"):
         gates.probability_score(0.1)
-    binary = random_gates(kind="binary")
-    assert binary.probability_score(0.1) == pytest.approx(-2.1972, abs=1e-3)
+    calibration = torch.stack([torch.full((4, 2), 2.0), torch.arange(8.0).view(4, 2)], -1)
+    calibrated = random_gates(calibration=calibration)
+    assert torch.allclose(calibrated.probability_score(0.1)[1], (-2.1972 - torch.tensor([2.0, 3.0])) / 2, atol=1e-3)
+    with pytest.raises(ValueError, match="slopes above 0"):
+        random_gates(calibration=-calibration)
 
 
 def edit_config(**changes):

@@ -64,8 +64,8 @@ def _collect(layer: SmartKVLayer, window: int, softmax_scale: float) -> _Candida
     view = _token_view(layer, softmax_scale, lse)
     everything = policy.score(view).float()
     scores = everything[:, :, :outside]
-    carried = policy.carried(everything, view.received, layer.layer_idx, layer.head_offset)[:, :, :outside]
-    gone = (positions[:, :outside] < 0) | sink
+    carried = policy.carried(everything, view.received, layer.layer_idx, layer.head_offset, view.key_scores)
+    carried, gone = carried[:, :, :outside], (positions[:, :outside] < 0) | sink
     if layer.sliding_window:
         horizon = layer.seen - layer.sliding_window  # the next query sees positions above this
         layer.lost_until = max(layer.lost_until, horizon)
@@ -120,7 +120,7 @@ def _refresh(layer: SmartKVLayer, softmax_scale: float) -> tuple[torch.Tensor, t
     )
     scores = policy.refresh(records).float()
     if scores is not records.stored or meter.names:
-        carried = policy.carried(scores, records.received, layer.layer_idx, layer.head_offset)
+        carried = policy.carried(scores, records.received, layer.layer_idx, layer.head_offset, records.stored)
         store.write_scores(torch.where(positions >= 0, carried.view_as(stored), 0.0))
     return torch.where(positions >= 0, scores.view_as(stored), -torch.inf), lse
 

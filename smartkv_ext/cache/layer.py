@@ -323,7 +323,7 @@ class SmartKVLayer(CacheLayerMixin):
         if not self.meter.names:
             return
         stored, received = self.store.scores().flatten(2), self.received_by_records().flatten(2)
-        carried = self.config.policy.carried(stored, received, self.layer_idx, self.head_offset)
+        carried = self.config.policy.carried(stored, received, self.layer_idx, self.head_offset, stored)
         self.store.write_scores(carried.view_as(self.store.scores()))
         self._forget_recent()
 

@@ -1,4 +1,4 @@
-"""The command ``smartkv``: generate, demo, doctor, policies."""
+"""The command ``smartkv``: generate, demo, doctor, policies; explore, collect, train, evaluate, export."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point of ``smartkv`` and of ``python -m smartkv_ext``. Ends the process."""
     try:
+        from . import training  # noqa: F401  # its commands
         from .app import app
 
         app()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "smartkv_config.json", "smartkv_gates.safetensors"
 TYPE = "gates"
 FORMAT_VERSION = 1
-_OPTIONAL = ("sketch", "quantiles", "layer_shares")
+_OPTIONAL = ("sketch", "quantiles", "layer_shares", "decay", "calibration")
 
 
 def save(gates: Gates, folder: Path, dtype: torch.dtype) -> None:

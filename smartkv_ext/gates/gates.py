@@ -34,6 +34,9 @@ class Gates:
         quantiles: (NUM_QUANTILES,) scores of all layers and heads on held-out text at even steps from 0 to 1, None:
             unknown.
         layer_shares: (num_layers,) how the layers' pages should weigh, mean 1; None: evenly.
+        decay: (num_layers, num_kv_heads) exponent with which a head's attention falls with distance; None: unknown.
+        calibration: (num_layers, num_kv_heads, 2) slope a and offset b of each head, a > 0: a token of score s matters
+            much later with the probability sigmoid(a s + b), as found on held-out text; None: unknown.
         info: JSON values about the training.
         source: the folder or hub id they came from.
 
@@ -43,7 +46,9 @@ class Gates:
     def __init__(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], model: ModelFacts, kind: str = "compact",
         inputs: str = "key", sketch: torch.Tensor | None = None, quantiles: torch.Tensor | None = None,
-        layer_shares: torch.Tensor | None = None, info: dict[str, Any] | None = None, source: str | None = None,
+        layer_shares: torch.Tensor | None = None, decay: torch.Tensor | None = None,
+        calibration: torch.Tensor | None = None,
+        info: dict[str, Any] | None = None, source: str | None = None,
     ) -> None:  # fmt: skip
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
@@ -56,6 +61,8 @@ class Gates:
         self.sketch = None if sketch is None else sketch.float()
         self.quantiles = None if quantiles is None else quantiles.float()
         self.layer_shares = None if layer_shares is None else layer_shares.float()
+        self.decay = None if decay is None else decay.float()
+        self.calibration = None if calibration is None else calibration.float()
         self._check()
         self._placed: dict[tuple[str, int, int], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
@@ -77,9 +84,12 @@ class Gates:
             width = out
         for name, x, shape in (
             ("quantiles", self.quantiles, (NUM_QUANTILES,)), ("layer_shares", self.layer_shares, stack[:1]),
+            ("decay", self.decay, stack), ("calibration", self.calibration, (*stack, 2)),
         ):  # fmt: skip
             if x is not None and x.shape != shape:
                 raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
+        if self.calibration is not None and not bool((self.calibration[..., 0] > 0).all()):
+            raise ValueError("calibration must have slopes above 0")
 
     @property
     def input_size(self) -> int:
@@ -137,17 +147,23 @@ class Gates:
         if not 0 < retention <= 1:
             raise ValueError(f"retention must lie in (0, 1]; got {retention}")
         if self.quantiles is None:
-            raise ValueError("these gates have no quantiles: calibrate them on a text first (smartkv calibrate)")
+            raise ValueError("these gates have no quantiles: calibrate them on a text first (smartkv evaluate)")
         place = (1 - retention) * (NUM_QUANTILES - 1)
         low = min(int(place), NUM_QUANTILES - 2)
         a, b = self.quantiles[low].item(), self.quantiles[low + 1].item()
         return a + (b - a) * (place - low)
 
-    def probability_score(self, p: float) -> float:
-        """The score at which a binary gate says ``p``. Raises ValueError for other kinds."""
-        if self.kind != "binary" or not 0 < p < 1:
-            raise ValueError(f"a probability in (0, 1) needs binary gates; got {p} and {self.kind} gates")
-        return float(torch.logit(torch.tensor(p, dtype=torch.float64)))
+    def probability_score(self, p: float) -> torch.Tensor:
+        """(num_layers, num_kv_heads) the score at which each head says ``p``.
+
+        Raises ValueError for gates that were never calibrated.
+        """
+        if not 0 < p < 1:
+            raise ValueError(f"probability must lie in (0, 1); got {p}")
+        if self.calibration is None:
+            raise ValueError("these gates have no calibration: their scores are no probabilities (smartkv evaluate)")
+        slope, offset = self.calibration.unbind(-1)
+        return (torch.logit(torch.tensor(p)) - offset) / slope
 
     def check_model(self, facts: ModelFacts) -> None:
         """Raise ValueError if the gates belong to a model of another shape."""

@@ -80,9 +80,10 @@ class AdaKV(Policy):
         return self._base.refresh(records)
 
     def carried(
-        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int
-    ) -> torch.Tensor:
-        return self._base.carried(scores, received, layer_idx, head_offset)
+        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int,
+        key_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        return self._base.carried(scores, received, layer_idx, head_offset, key_scores)
 
     def crop(self, state: dict[str, torch.Tensor], length: int) -> None:
         self._base.crop(state, length)

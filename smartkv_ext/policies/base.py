@@ -113,13 +113,14 @@ class Policy:
         return records.stored
 
     def carried(
-        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int
-    ) -> torch.Tensor:
+        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int,
+        key_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """What a record carries to the next packing, as one bfloat16: by default its score.
 
-        scores, received: (batch, num_kv_heads, n) float32.
+        scores, received, key_scores: (batch, num_kv_heads, n) float32; for records, key_scores is what they carried.
         """
-        del received, layer_idx, head_offset
+        del received, layer_idx, head_offset, key_scores
         return scores
 
     def crop(self, state: dict[str, torch.Tensor], length: int) -> None:

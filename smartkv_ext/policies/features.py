@@ -99,8 +99,9 @@ class FeaturePolicy(Policy):
         return self.score_features(TokenFeatures.of_records(records)).expand_as(records.stored)
 
     def carried(
-        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int
-    ) -> torch.Tensor:
+        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int,
+        key_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         assert received is not None, "the policy accumulates, so the cache measures"
         return received
 

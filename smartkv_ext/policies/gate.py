@@ -10,28 +10,28 @@ import torch
 
 from smartkv_ext.gates import Gates, ModelFacts, shipped_gates
 
-from .attention import received_attention
-from .base import Policy, TokenView
+from .base import Policy, RecordView, TokenView
 
-OBSERVED = 32  # newest queries of a long forward whose attention is evidence
+NEAR = 64  # tokens: attention of younger ones is taken not to have fallen yet
 
 
 @dataclass(frozen=True)
 class Gate(Policy):
-    """A learned gate's score, rank under the byte budget; with one of ``threshold``, ``probability`` and ``retention``
-    tokens below it are evicted whatever the budget.
+    """A learned gate's score g, less what its head forgets with age: ``g - recency decay ln((age + 64) / 64)``.
+
+    Gates predict the logarithm of the attention that a token's content draws, wherever it stands; ``decay`` is measured
+    for each head and comes with the gates (1 if they have none). The rank decides under the byte budget; with one of
+    ``threshold``, ``probability`` and ``retention``, tokens whose g is below it are evicted whatever the budget.
 
     Each token is scored once, when it comes: 4 bytes beside its key until it is packed, instead of its pre-RoPE key.
-    Scores of one kind of target are on one scale, so heads compete.
+    All heads predict the same quantity, so they compete.
 
     Args:
         gates: a folder, a hub id, or ``Gates``; None: those that come with the package for the model at hand.
         threshold: least score.
-        probability: the same for binary gates, as the probability that the token is attended to much later.
+        probability: the same, as the calibrated probability that the token is attended to much later.
         retention: the same, as the share of tokens of all layers and heads that reach it on held-out text.
-        attention: weight w of evidence: where a long forward packs, the score of token i becomes
-            ``log(exp(gate) + w a_i)``, a_i the mean attention that the forward's last 32 queries pay to it. For gates
-            that predict the logarithm of attention.
+        recency: 0: content alone, as for a question that may be about any part; 1: as attention falls in the model.
     """
 
     name: ClassVar[str] = "gate"
@@ -43,20 +43,18 @@ class Gate(Policy):
     threshold: float | None = None
     probability: float | None = None
     retention: float | None = None
-    attention: float = 0.0
+    recency: float = 1.0
     _bound: Gates | None = field(init=False, compare=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         given = [name for name in ("threshold", "probability", "retention") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of threshold, probability and retention; got {' and '.join(given)}")
-        if not 0 <= self.attention < float("inf"):
-            raise ValueError(f"attention must be a number of at least 0; got {self.attention}")
+        if not 0 <= self.recency < float("inf"):
+            raise ValueError(f"recency must be a number of at least 0; got {self.recency}")
         if self.gates is not None:
             gates = self.gates if isinstance(self.gates, Gates) else Gates.from_pretrained(self.gates)
             self._bind(gates)
-        if self.attention:
-            object.__setattr__(self, "prefill_queries", OBSERVED)
 
     def _bind(self, gates: Gates) -> None:
         object.__setattr__(self, "_bound", gates)
@@ -69,12 +67,20 @@ class Gate(Policy):
             raise RuntimeError("the gate policy has no gates yet: a cache binds them to its model")
         return self._bound
 
-    def _least(self) -> float:
+    def _least(self) -> torch.Tensor | float:
+        """The least score, or (num_layers, num_kv_heads) of them."""
         if self.probability is not None:
             return self._gates.probability_score(self.probability)
         if self.retention is not None:
             return self._gates.threshold(self.retention)
         return -torch.inf if self.threshold is None else self.threshold
+
+    def _too_low(self, view: TokenView, scores: torch.Tensor) -> torch.Tensor:
+        least = self._least()
+        if isinstance(least, torch.Tensor):
+            mine = least[view.layer_idx, view.head_offset : view.head_offset + scores.shape[1]]
+            least = mine[:, None].to(scores.device)
+        return scores < least
 
     def for_model(self, config: Any) -> Gate:
         facts = ModelFacts.from_config(config)
@@ -95,12 +101,25 @@ class Gate(Policy):
 
     def score(self, view: TokenView) -> torch.Tensor:
         assert view.key_scores is not None, "the policy scores keys, so the cache keeps what it said"
-        scores = view.key_scores
-        low = scores < self._least()
-        if self.attention and view.queries is not None and view.queries.shape[2] >= OBSERVED:
-            mass, count = received_attention(view, OBSERVED)
-            scores = torch.logaddexp(scores, (self.attention / count * mass).log())
-        return scores.masked_fill(low, -torch.inf)
+        scores = self._aged(view.key_scores, view.seen - view.positions[:, None], view.layer_idx, view.head_offset)
+        return scores.masked_fill(self._too_low(view, view.key_scores), -torch.inf)
+
+    def refresh(self, records: RecordView) -> torch.Tensor:
+        return self._aged(records.stored, records.seen - records.positions, records.layer_idx, records.head_offset)
+
+    def _aged(self, scores: torch.Tensor, age: torch.Tensor, layer_idx: int, head_offset: int) -> torch.Tensor:
+        fall = torch.log1p(age.clamp(min=0) / NEAR)
+        if self._bound is None or self._bound.decay is None:
+            return scores - self.recency * fall
+        decay = self._bound.decay[layer_idx, head_offset : head_offset + scores.shape[1]]
+        return scores - self.recency * decay[:, None].to(scores.device) * fall
+
+    def carried(
+        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int,
+        key_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        assert key_scores is not None, "the policy scores keys, so the cache keeps what it said"
+        return key_scores
 
     def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
         shares = self._gates.layer_shares
@@ -110,7 +129,7 @@ class Gate(Policy):
         if isinstance(self.gates, Gates) and self.gates.source is None:
             raise ValueError("gates that were never saved cannot be named: call save_pretrained and load them again")
         gates = self.gates.source if isinstance(self.gates, Gates) else self.gates
-        options = {name: getattr(self, name) for name in ("threshold", "probability", "retention", "attention")}
+        options = {name: getattr(self, name) for name in ("threshold", "probability", "retention", "recency")}
         return {"name": self.name, "gates": gates, **options}
 
 
@@ -154,6 +173,11 @@ class GateHybrid(Gate):
         recent = self.local_window if view.layer_idx < self.local_layers else self.recent
         positions = view.positions[:, None].float().expand(view.keys.shape[:3])
         return positions.masked_fill(positions < view.seen - recent, -torch.inf)
+
+    def refresh(self, records: RecordView) -> torch.Tensor:
+        if self._follows(records.layer_idx):
+            return super().refresh(records)
+        return records.positions.float()  # nothing is packed but what an unlimited budget leaves
 
     def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
         shares = [

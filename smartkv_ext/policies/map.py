@@ -164,11 +164,12 @@ class PolicyMap(Policy):
         return out
 
     def carried(
-        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int
-    ) -> torch.Tensor:
+        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int,
+        key_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         out = scores.clone()
         for index, heads in self._heads(layer_idx, head_offset, out.shape[1]).items():
-            kept = self._policies[index].carried(scores, received, layer_idx, head_offset)
+            kept = self._policies[index].carried(scores, received, layer_idx, head_offset, key_scores)
             out[:, heads] = kept[:, heads]
         return out
 
