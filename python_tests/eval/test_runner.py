@@ -76,6 +76,18 @@ def test_forced_score_is_greedy_decoding(model, tmp_path):
     assert wrong["score"] == 0 and wrong["answer_nll"] > right["answer_nll"]
 
 
+def test_decoding_ends_when_the_score_cannot_change(model, tmp_path):
+    context = " ".join(WORDS.split()[:200])
+    path, settings, methods = tmp_path / "a.jsonl", Settings("tiny", "bfloat16"), [get_method("full")]
+    ask = Question("q", " what is it", ("nowhere",), "string_match_all", max_new_tokens=6)
+    evaluate(model, WordTokenizer(), [Document("t", "a", context, (ask,))], methods, Results(path), settings)
+    said = read_rows(path)[0]["prediction"].split()
+    ask = Question("q", " what is it", (said[1],), "string_match_all", max_new_tokens=6)
+    evaluate(model, WordTokenizer(), [Document("t", "b", context, (ask,))], methods, Results(path), settings)
+    row = read_rows(path)[1]
+    assert len(said) == 6 and row["score"] == 1 and row["prediction"].split() == said[:2]
+
+
 def test_query_aware_compresses_the_question(model, tmp_path):
     rows = [
         run(model, options(tmp_path), tmp_path / f"{aware}.jsonl", METHODS[1:2], ["recall"], query_aware=aware)

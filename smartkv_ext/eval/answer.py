@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .items import Question
-from .metrics import METRICS
+from .metrics import METRICS, MONOTONE
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Decoder:
             if cut:
                 text = text[: min(cut)]
                 break
+            if question.metric in MONOTONE and METRICS[question.metric](text, question.answers, question.facts) == 1:
+                break  # more text cannot change the score
         return text, start
 
     def _stop_tokens(self) -> set[int]:

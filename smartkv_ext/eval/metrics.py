@@ -59,6 +59,7 @@ def contains_words(prediction: str, answers: Sequence[str], facts: Mapping[str, 
     return float(any(f" {' '.join(normalize(answer))} " in text for answer in answers))
 
 
+MONOTONE = ("string_match_all", "string_match_part")  # of these a longer prediction never scores less
 METRICS: dict[str, Metric] = {
     "string_match_all": string_match_all,
     "string_match_part": string_match_part,
