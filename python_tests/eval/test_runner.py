@@ -126,3 +126,12 @@ def test_bad_specs():
         get_method("full colour=red")._new_cache(tiny("llama").config)
     assert get_method("smartkv  policy=h2o budget=.5").spec == get_method("smartkv budget=.5 policy=h2o").spec
     assert json.loads(json.dumps(get_method("full").spec)) == "full"
+
+
+@pytest.mark.parametrize("spec", ["quanto bits=4", "hqq bits=4"])
+def test_backends_of_transformers_answer(model, tmp_path, spec):
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[spec.split()[0]])
+    rows = run(model, options(tmp_path), tmp_path / "q.jsonl", ["full", spec], ["recall"])
+    full, ours = rows[:8], rows[8:]
+    assert len(ours) == 8 and ours[0]["ratio"] < 0.35
+    assert 0 < abs(full[0]["answer_nll"] - ours[0]["answer_nll"]) < 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,22 +35,17 @@ class Decoder:
         """(n, vocab) float32."""
         return self.logits(cache, ids, start).float().log_softmax(-1)
 
-    def ask(
-        self, cache: Cache, prompt: torch.Tensor, question: Question, start: int
-    ) -> tuple[dict[str, Any], Cache, int]:
-        """Score of a question whose ids ``prompt`` (1, n) follow the ``start`` tokens of a cache, which stays as it
-        is; the cache after the answer, and the tokens that it has then seen."""
-        own = copy.deepcopy(cache)
+    def ask(self, cache: Cache, prompt: torch.Tensor, question: Question, start: int) -> tuple[dict[str, Any], int]:
+        """Score of a question whose ids ``prompt`` (1, n) follow the ``start`` tokens of a cache, and the tokens that
+        it has then seen: the cache takes question and answer in."""
         if question.metric == "forced":
-            return self._forced(own, prompt, question, start)
-        text, end = self.generate(own, prompt, question, start)
+            return self._forced(cache, prompt, question, start)
+        text, end = self.generate(cache, prompt, question, start)
         scored = text.strip().partition("\n")[0] if question.first_line else text
         score = METRICS[question.metric](scored, question.answers, question.facts)
-        return {"score": score, "prediction": text}, own, end
+        return {"score": score, "prediction": text}, end
 
-    def _forced(
-        self, cache: Cache, prompt: torch.Tensor, question: Question, start: int
-    ) -> tuple[dict[str, Any], Cache, int]:
+    def _forced(self, cache: Cache, prompt: torch.Tensor, question: Question, start: int) -> tuple[dict[str, Any], int]:
         """Feed the answer and compare with what greedy decoding would have said at each of its tokens."""
         answer = self.tokenizer(question.answers[0], add_special_tokens=False).input_ids
         ids = torch.cat([prompt, torch.tensor([answer[:-1]], dtype=torch.int64)], 1)
@@ -60,7 +54,7 @@ class Decoder:
         nll = -logs.gather(1, torch.tensor(answer)[:, None]).mean().item()
         text = self.tokenizer.decode(greedy)
         found = {"score": float(greedy.tolist() == answer), "answer_nll": nll, "prediction": text}
-        return found, cache, start + ids.shape[1]
+        return found, start + ids.shape[1]
 
     def generate(self, cache: Cache, prompt: torch.Tensor, question: Question, start: int) -> tuple[str, int]:
         """Greedy text, and the tokens that the cache has then seen."""

@@ -51,7 +51,7 @@ class CompressedModel:
             context, options = request.args
             stop = options.get("until") or ()
             question = Question(
-                name="", text="", answers=("",), stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                name="", text="", answers=("",), metric="qa_f1", stop=(stop,) if isinstance(stop, str) else tuple(stop),
                 max_new_tokens=options.get("max_gen_toks", self.max_new_tokens),
             )  # fmt: skip
             ids = self._ids(context)

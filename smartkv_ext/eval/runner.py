@@ -8,6 +8,7 @@ last pair that is complete.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from smartkv_ext.cache import SmartKVCache
 from smartkv_ext.hf import patch
@@ -187,8 +189,9 @@ class _Bench:
             if done is None or not torch.equal(done[0], ids):
                 done = ids, *self._compress(method, ids)
             start = time.process_time()
-            found, after, seen = self.decoder.ask(done[1], rest, question, ids.shape[1])
-            size = held(after, self._record(ids)[0], seen)
+            own = self._copy(done[1], method, ids)
+            found, seen = self.decoder.ask(own, rest, question, ids.shape[1])
+            size = held(own, self._record(ids)[0], seen)
             cost = {
                 "answer_seconds": time.process_time() - start,
                 "answer_bytes": size.num_bytes,
@@ -200,6 +203,13 @@ class _Bench:
         if self.settings.maps and done is not None and isinstance(done[1], SmartKVCache):
             rows.append({"kind": "map", **done[2], **self._map(done[1], done[0])})
         return rows
+
+    def _copy(self, cache: Cache, method: Method, ids: torch.Tensor) -> Cache:
+        """A cache that a question may change."""
+        try:
+            return copy.deepcopy(cache)
+        except RuntimeError:  # quanto's tensors cannot be copied
+            return method.prefill(self.decoder.model, self._record(ids)[0])
 
     def _compress(self, method: Method, ids: torch.Tensor) -> tuple[Any, Row]:
         recording, prefill_seconds = self._record(ids)
