@@ -97,6 +97,18 @@ def test_query_aware_compresses_the_question(model, tmp_path):
     assert not Results(tmp_path / "True.jsonl").done & Results(tmp_path / "False.jsonl").done
 
 
+def test_a_rival_that_fails_is_reported(model, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("smartkv_ext.eval.methods.QuantizedCache", broken)
+    rows = run(model, options(tmp_path), tmp_path / "f.jsonl", ["quanto bits=4", "full"], ["text"])
+    assert [row["kind"] for row in rows] == ["failed", "text"] and rows[0]["error"] == "no such thing"
+    monkeypatch.setattr("smartkv_ext.eval.methods.SmartKVCache", broken)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        run(model, options(tmp_path), tmp_path / "f.jsonl", [OURS], ["text"])
+
+
 def test_maps(model, tmp_path):
     import base64
     import zlib

@@ -49,6 +49,11 @@ class Method:
         return Method(self.kind, rest).spec
 
     @property
+    def is_rival(self) -> bool:
+        """Whether another package does the work."""
+        return self.kind in ("quanto", "hqq", "kvpress")
+
+    @property
     def takes_budget(self) -> bool:
         """Whether the method can be asked for a number of bytes and has not been yet."""
         return self.kind in _WITH_BUDGET and "budget" not in self.options

@@ -126,12 +126,14 @@ def evaluate(
                 continue
             bench = _Bench(decoder, document, settings)
             for method in missing:
-                rows = bench.rows(method)
+                rows = bench.rows_or_failure(method)
                 results.write([shared | document.facts | row for row in rows])
                 say(f"{document.task} {document.name} | {method.spec} | {_summary(rows)}")
 
 
 def _summary(rows: Sequence[Row]) -> str:
+    if rows[0]["kind"] == "failed":
+        return f"failed: {rows[0]['error']}"
     parts = [f"ratio {rows[0]['ratio']:.4f}"]
     for name in ("kl", "score"):
         values = [row[name] for row in rows if name in row]
@@ -177,6 +179,15 @@ class _Bench:
         if not path.exists():
             record(self.decoder.model, ids).save(path)
         return Recording.load(path)
+
+    def rows_or_failure(self, method: Method) -> list[Row]:
+        """A rival that cannot do what it is asked gets a row that says so; our own errors are raised."""
+        try:
+            return self.rows(method)
+        except RuntimeError as error:
+            if not method.is_rival:
+                raise
+            return [{"kind": "failed", "method": method.spec, "error": " ".join(str(error).split())[:200]}]
 
     def rows(self, method: Method) -> list[Row]:
         """All measurements of a method."""
