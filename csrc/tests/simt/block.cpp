@@ -47,7 +47,7 @@ class Scheduler {
   uint64_t meet(const Request& request);
   void* shared_memory(const void* key, size_t bytes);
   int thread_in_block() const;
-  void misuse(const std::string& what, const std::source_location& where);
+  void misuse(const char* what, const std::source_location& where);
 
   uint64_t seed = 0;
   uint64_t block_serial = 0;
@@ -305,7 +305,7 @@ int Scheduler::thread_in_block() const {
 }
 
 // A fiber must not throw: the scheduler does, once the thread has given up its turn.
-void Scheduler::misuse(const std::string& what, const std::source_location& where) {
+void Scheduler::misuse(const char* what, const std::source_location& where) {
   misuse_ = "thread " + std::to_string(thread_in_block()) + " at " + place(where) + ": " + what;
   Fiber::suspend();
 }
@@ -333,7 +333,7 @@ int thread_in_block() { return scheduler.thread_in_block(); }
 
 uint64_t block_serial() { return scheduler.block_serial; }
 
-void misuse(const std::string& what, const std::source_location& where) {
+void misuse(const char* what, const std::source_location& where) {
   scheduler.misuse(what, where);
   std::abort();  // a thread that misused the machine is never resumed
 }
