@@ -17,6 +17,7 @@ import typer
 from bench.models import load
 from bench.output import show
 from bench.synthetic_eviction import candidates, mean
+from smartkv_ext.gates import Gates, ModelFacts, shipped_gates
 from smartkv_ext.policies import Policy, get_policy
 from training.reconstruction import RETENTIONS, Trace, reconstruction_errors
 from training.samples import Samples
@@ -31,6 +32,13 @@ Texts = Annotated[
 def kind(source: str) -> str:
     """Exercises or books."""
     return "math" if source.partition("@")[0].endswith(".jsonl") else "books"
+
+
+def find_gates(name: str | None, config: Any) -> Gates | None:
+    """Gates by name: "shipped", a folder, a hub id."""
+    if name is None:
+        return None
+    return shipped_gates(ModelFacts.from_config(config)) if name == "shipped" else Gates.from_pretrained(name)
 
 
 class Table:
@@ -88,16 +96,18 @@ def main(
     future: Annotated[int, typer.Option(help="queries that judge it")] = 256,
     window: Annotated[int, typer.Option(help="newest tokens, kept in any case")] = 32,
     policy: Annotated[list[str], typer.Option(help="further policy files")] = [],  # noqa: B006
+    gates: Annotated[str | None, typer.Option(help='gates to measure too: "shipped", a folder or a hub id')] = None,
     save_samples: Annotated[Path | None, typer.Option(help="folder for the search; TEST's errors stay unseen")] = None,
 ) -> None:
     """Print the table of the --test texts, unless samples are saved; last line JSON."""
     start = time.perf_counter()
     network, tokenizer = load(model, dtype)
+    learned = find_gates(gates, network.config)
     if save_samples:
         save_samples.mkdir(parents=True, exist_ok=True)
         for name, sources in (("train", train), ("valid", valid), ("test", test)):
             found = [
-                Samples.of_traces(collect(network, ids, tokens))
+                Samples.of_traces(collect(network, ids, tokens, learned))
                 for _, ids in pieces(tokenizer, sources, per_file, tokens + future)
             ]
             if found:
@@ -105,9 +115,11 @@ def main(
                 typer.echo(f"{name}: {len(found)} documents, {time.perf_counter() - start:.0f} s", err=True)
         return
     chosen = candidates() | {Path(name).stem: get_policy(name) for name in policy}
+    if learned is not None:
+        chosen |= {f"gate, recency {r:.0f}": get_policy("gate", gates=learned, recency=r) for r in (0.0, 1.0)}
     table = Table(chosen, window)
     for group, ids in pieces(tokenizer, test, per_file, tokens + future):
-        table.add(group, collect(network, ids, tokens))
+        table.add(group, collect(network, ids, tokens, learned))
         typer.echo(f"{group}: {time.perf_counter() - start:.0f} s", err=True)
     rows = table.rows()
     seconds = time.perf_counter() - start

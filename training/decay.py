@@ -1,7 +1,7 @@
 """How attention falls with distance, for each KV head: the exponent r of p(d) ~ ((d + 64) / 64) ** -r.
 
-From what collect stored: the attention that early tokens of a piece receive from queries 33 to 256 tokens later, and from
-those still later. Their ratio, averaged over tokens, decides r.
+From what collect stored: the attention that early tokens of a piece receive from queries 33 to 256 tokens later, and
+from those still later. Their ratio, averaged over tokens, decides r.
 """
 
 from __future__ import annotations

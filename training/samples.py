@@ -24,12 +24,15 @@ class Samples:
 
     @classmethod
     def of_traces(cls, traces: Sequence[Trace]) -> Samples:
-        """Features as the policies compute them. A further feature, a gate's score say, is one more entry."""
+        """Features as the policies compute them; "gate" too where gates have scored the keys."""
         per_layer = [TokenFeatures.of_tokens(trace.view) for trace in traces]
         features = {}
         for name in FEATURES:
             values = [torch.as_tensor(f.named(name), dtype=torch.float32) for f in per_layer]
             features[name] = torch.stack([x if x.dim() else x.view(1, 1, 1) for x in values])
+        scores = [trace.view.key_scores for trace in traces if trace.view.key_scores is not None]
+        if scores:
+            features["gate"] = torch.stack(scores)
         return cls(features, torch.stack([trace.future for trace in traces]))
 
     @property

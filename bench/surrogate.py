@@ -1,0 +1,195 @@
+"""Compact gates on keys against a KVzap-style surrogate on hidden states: the same data, the same target.
+
+python -m bench.surrogate --data SHARDS --text NOVEL.txt@0.5      shards of a recipe with ``hidden: true``
+
+KVzap (NVIDIA, 2026) predicts the scores of a layer's heads from the layer's attention input: a linear map, or an MLP
+hidden_size -> 512 -> heads with GELU. Each scorer decides under one budget, nothing is quantised, and all decay with
+age alike, so that only the scores differ. "true target" is what all of them were trained to predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+import typer
+from torch import nn
+from transformers import DynamicCache
+
+import smartkv_ext
+from bench.models import load
+from bench.output import show
+from smartkv_ext import SmartKVCache
+from smartkv_ext.policies import Policy, TokenView
+from smartkv_ext.policies.gate import NEAR
+from training.collect import Collector
+from training.dataset import TokenSet
+from training.decay import measure_decay
+from training.recipe import Recipe
+from training.recording import LayerCall, recording
+from training.texts import documents
+from training.train import Trainer
+
+HIDDEN = 512  # of KVzap's MLP
+BATCH, EPOCHS, RATE = 512, 20, 1e-3
+
+
+@dataclass(frozen=True)
+class Table(Policy):
+    """Scores that were computed beforehand, less the decay with age: scores (layers, num_kv_heads, n)."""
+
+    name: ClassVar[str] = "table"
+    compares_heads: ClassVar[bool] = True
+    scores: torch.Tensor | None = None
+    decay: torch.Tensor | None = None
+
+    def score(self, view: TokenView) -> torch.Tensor:
+        assert self.scores is not None and self.decay is not None
+        index = view.positions.clamp(0, self.scores.shape[2] - 1).long()[:, None]
+        found = self.scores[view.layer_idx][None].expand(len(index), -1, -1)
+        found = found.gather(2, index.expand(-1, found.shape[1], -1))
+        fall = torch.log1p((view.seen - view.positions[:, None]) / NEAR)
+        return found - self.decay[view.layer_idx][:, None] * fall
+
+
+def standardised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation over tokens (the second last dimension)."""
+    return x.mean(-2, keepdim=True), x.std(-2, keepdim=True).clamp(min=1e-3)
+
+
+def train_surrogate(hidden: torch.Tensor, target: torch.Tensor, mlp: bool) -> nn.Module:
+    """One layer's surrogate: hidden (n, hidden_size) float32, target (n, num_kv_heads), both standardised."""
+    torch.manual_seed(0)
+    width, heads = hidden.shape[1], target.shape[1]
+    if not mlp:  # ridge regression in closed form
+        linear = nn.Linear(width, heads)
+        gram = hidden.T @ hidden + 1e-2 * len(hidden) * torch.eye(width)
+        linear.weight.data = torch.linalg.solve(gram, hidden.T @ target).T
+        linear.bias.data.zero_()
+        return linear
+    model = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, heads))
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    for _ in range(EPOCHS):
+        for index in torch.randperm(len(hidden)).split(BATCH):
+            optimizer.zero_grad()
+            (model(hidden[index]) - target[index]).square().mean().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        schedule.step()
+    return model
+
+
+class Surrogates:
+    """KVzap's scorers of all layers."""
+
+    def __init__(self, data: Path, target: str, mlp: bool) -> None:
+        train, valid = (TokenSet.load(data, split, [target], "hidden") for split in ("train", "valid"))
+        heads = train.targets[target].shape[0] // train.inputs.shape[0]
+        self.layers, self.moments, unexplained = [], [], []
+        for i, (x, x_valid) in enumerate(zip(train.inputs.float(), valid.inputs.float(), strict=True)):
+            mine = slice(i * heads, (i + 1) * heads)
+            y, y_valid = train.targets[target][mine].T, valid.targets[target][mine].T
+            (mean, std), (y_mean, y_std) = standardised(x), standardised(y)
+            model = train_surrogate((x - mean) / std, (y - y_mean) / y_std, mlp)
+            self.layers.append(model)
+            self.moments.append((mean, std, y_mean, y_std))
+            unexplained.append(((self.of_layer(i, x_valid) - y_valid.T) / y_std.T).square().mean())
+        self.r2 = 1 - torch.stack(unexplained).mean().item()
+        self.num_parameters = sum(p.numel() for model in self.layers for p in model.parameters())
+
+    @torch.no_grad()
+    def of_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """(num_kv_heads, n) scores of hidden (n, hidden_size)."""
+        mean, std, y_mean, y_std = self.moments[layer]
+        return (self.layers[layer]((hidden.float() - mean) / std) * y_std + y_mean).T
+
+    def scores(self, calls: list[LayerCall]) -> torch.Tensor:
+        return torch.stack([self.of_layer(i, call.hidden[0]) for i, call in enumerate(calls)])
+
+
+class CompactGates:
+    """Our gates, trained by training.train on the same shards."""
+
+    def __init__(self, data: Path, recipe: Recipe, folder: Path) -> None:
+        sets = [TokenSet.load(data, split, [recipe.target], recipe.inputs) for split in ("train", "valid")]
+        self.trainer = Trainer(recipe, *sets, folder)
+        self.trainer.fit(quiet=True)
+        self.r2 = 1 - self.trainer.best.mean().item()
+        self.num_parameters = sum(p.numel() for p in self.trainer.model.parameters())
+        self.recipe = recipe
+
+    def scores(self, calls: list[LayerCall]) -> torch.Tensor:
+        keys = torch.stack([call.pre_rope[0] for call in calls])
+        if self.recipe.inputs == "key_value":
+            keys = torch.cat([keys, torch.stack([call.v[0] for call in calls])], -1)
+        return self.trainer.outputs(keys.flatten(0, 1)).unflatten(0, keys.shape[:2])
+
+
+@torch.no_grad()
+def divergence(network: Any, ids: torch.Tensor, prefill: int, make: Callable[[], Any]) -> tuple[float, float]:
+    """KL(full || compressed) of the tokens after ``prefill``, and the share of bytes that the cache held."""
+    whole = DynamicCache()
+    network(ids[:, :prefill], past_key_values=whole, logits_to_keep=1)
+    full = network(ids[:, prefill:], past_key_values=whole).logits[0].float().log_softmax(-1)
+    with smartkv_ext.patch(network):
+        cache = make()
+        network(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
+        ratio = cache.report().ratio
+        ours = network(ids[:, prefill:], past_key_values=cache).logits[0].float().log_softmax(-1)
+    return (full.exp() * (full - ours)).sum(-1).mean().item(), ratio
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="shards with hidden states")],
+    text: Annotated[list[str], typer.Option(help="held-out FILE or FILE@0.5-1; repeatable")],
+    work: Annotated[Path, typer.Option(help="folder for the training of gates")] = Path("runs/surrogate"),
+    model: str = "smollm2",
+    dtype: str = "bfloat16",
+    target: str = "recon_sum",
+    prefill: int = 2048,
+    tokens: int = 256,
+    budget: float = 0.25,
+) -> None:
+    """Print a row per scorer; last line JSON."""
+    compact = Recipe(target=target, epochs=20)
+    scorers: dict[str, Any] = {
+        "compact gate": CompactGates(data, compact, work / "compact"),
+        "compact gate, key and value": CompactGates(data, replace(compact, inputs="key_value"), work / "values"),
+        "gate of 64": CompactGates(data, replace(compact, kind="regression"), work / "wide"),
+        "KVzap-style linear": Surrogates(data, target, mlp=False),
+        "KVzap-style MLP": Surrogates(data, target, mlp=True),
+    }
+    network, tokenizer = load(model, dtype)
+    config = network.config
+    decay = measure_decay(data).unflatten(0, (config.num_hidden_layers, config.num_key_value_heads))
+    found: dict[str, list[float]] = {name: [] for name in (*scorers, "true target")}
+    ratio = 0.0
+    for source in text:
+        (ids,) = documents(tokenizer, source, 1, prefill + tokens)
+        collector = Collector(network, tokenizer, Recipe(length=prefill))
+        truth = collector.piece(ids[0, :prefill], torch.arange(prefill))[target].float()
+        calls: list[LayerCall] = []
+        with torch.no_grad(), recording(network, calls.append):
+            network.base_model(ids[:, :prefill], use_cache=False)
+        for name in found:
+            table = truth if name == "true target" else scorers[name].scores(calls)
+            policy = Table(table, decay)
+            kl, ratio = divergence(
+                network, ids, prefill, lambda p=policy: SmartKVCache(config, budget, p, tiers=(16,), window=64)
+            )
+            found[name].append(kl)
+            typer.echo(f"{source} {name}: {kl:.4f}", err=True)
+    rows = [
+        {"scorer": name, "parameters": getattr(scorers.get(name), "num_parameters", None),
+         "R2": getattr(scorers.get(name), "r2", None), "KL": sum(kl) / len(kl)}
+        for name, kl in found.items()
+    ]  # fmt: skip
+    title = f"{Path(model).name}: {target}, KL at {100 * ratio:.1f} % of the bytes, nothing quantised"
+    show(title, rows, {"rows": rows, "each": found, "ratio": ratio})
+
+
+if __name__ == "__main__":
+    typer.run(main)
