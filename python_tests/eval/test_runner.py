@@ -10,6 +10,7 @@ from python_tests.hf.tiny import tiny
 from smartkv_ext.eval.items import Document, Question
 from smartkv_ext.eval.methods import get_method
 from smartkv_ext.eval.metrics import METRICS
+from smartkv_ext.eval.recording import replay
 from smartkv_ext.eval.runner import Results, Settings, evaluate, read_rows
 from smartkv_ext.eval.tasks import TaskOptions, get_documents
 
@@ -98,13 +99,14 @@ def test_query_aware_compresses_the_question(model, tmp_path):
 
 
 def test_a_rival_that_fails_is_reported(model, tmp_path, monkeypatch):
-    def broken(*args):
-        raise RuntimeError("no such thing")
+    def broken(recording, cache):
+        if type(cache).__name__ != "DynamicCache":
+            raise RuntimeError("no such thing")
+        replay(recording, cache)
 
-    monkeypatch.setattr("smartkv_ext.eval.methods.QuantizedCache", broken)
+    monkeypatch.setattr("smartkv_ext.eval.methods.replay", broken)
     rows = run(model, options(tmp_path), tmp_path / "f.jsonl", ["quanto bits=4", "full"], ["text"])
     assert [row["kind"] for row in rows] == ["failed", "text"] and rows[0]["error"] == "no such thing"
-    monkeypatch.setattr("smartkv_ext.eval.methods.SmartKVCache", broken)
     with pytest.raises(RuntimeError, match="no such thing"):
         run(model, options(tmp_path), tmp_path / "f.jsonl", [OURS], ["text"])
 

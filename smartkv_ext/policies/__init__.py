@@ -12,12 +12,13 @@ from .keys import KeyDiff, Knorm
 from .map import PolicyMap
 from .position import Full, Random, SlidingWindow, StreamingLLM
 from .registry import POLICIES, get_policy
+from .union import Union
 
 POLICIES |= {
     policy.name: policy
     for policy in (
         Full, SlidingWindow, StreamingLLM, Knorm, KeyDiff, SnapKV, PyramidKV, TOVA, H2O, ExpectedAttention, Hybrid,
-        LayerAware, Evolved, Gate, GateHybrid, AdaKV, PolicyMap, Random,
+        LayerAware, Evolved, Gate, GateHybrid, AdaKV, Union, PolicyMap, Random,
     )
 }  # fmt: skip
 

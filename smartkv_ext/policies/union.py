@@ -1,0 +1,85 @@
+"""union: what several policies want, each with its share of the places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Policy, TokenView
+from .registry import get_policy
+
+Part = str | Policy | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Union(Policy):
+    """score = -min over parts of place / weight: the tokens that any part ranks high (docs/design/quality.md).
+
+    ``place`` in [0, 1) is a token's rank in a part's order, over all heads of the layer where the part's scores compare
+    across heads, else in its head. Ranks need no common scale, so a score of keys and one of attention can share a
+    budget: one keeps what is unlike the rest, and may be asked for, the other what is attended to now.
+
+    Records keep the score that they were packed with.
+
+    Args:
+        parts: policies that evict: names, specifications or instances.
+        weights: shares of the places, one per part; none: all the same.
+    """
+
+    name: ClassVar[str] = "union"
+    summary: ClassVar[str] = "what any of several policies ranks high (keydiff and expected_attention)"
+    source: ClassVar[str] = "docs/design/quality.md"
+    compares_heads: ClassVar[bool] = True
+    parts: Sequence[Part] = ("keydiff", "expected_attention")
+    weights: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        parts = tuple(get_policy(part) for part in self.parts)
+        weights = tuple(float(w) for w in self.weights) or (1.0,) * len(parts)
+        if len(parts) < 2:
+            raise ValueError(f"parts must name at least two policies; got {len(parts)}")
+        if len(weights) != len(parts) or min(weights) <= 0:
+            raise ValueError(f"weights must be {len(parts)} positive numbers, one per part; got {list(weights)}")
+        for part in parts:
+            if not part.evicts or part.accumulates:
+                raise ValueError(f"parts must be policies that evict and keep their scores; got {part.name!r}")
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "weights", weights)
+        for name in ("prefill_queries", "decode_queries"):
+            object.__setattr__(self, name, max(getattr(part, name) for part in parts))
+        object.__setattr__(self, "needs_pre_rope_keys", any(part.needs_pre_rope_keys for part in parts))
+
+    @property
+    def _policies(self) -> tuple[Policy, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Policy))  # made so in __post_init__
+
+    def score(self, view: TokenView) -> torch.Tensor:
+        best: torch.Tensor | None = None
+        for part, weight in zip(self._policies, self.weights, strict=True):
+            scores = part.score(view).float().masked_fill((view.positions < 0)[:, None], -torch.inf)
+            place = _places(scores.nan_to_num(nan=-torch.inf), part.compares_heads) / weight
+            best = place if best is None else torch.minimum(best, place)
+        assert best is not None
+        return -best
+
+    def crop(self, state: dict[str, torch.Tensor], length: int) -> None:
+        for part in self._policies:
+            part.crop(state, length)
+
+    def check(self, num_layers: int, num_kv_heads: int) -> None:
+        for part in self._policies:
+            part.check(num_layers, num_kv_heads)
+
+    def spec(self) -> dict[str, Any]:
+        parts = [part.spec() for part in self._policies]
+        return {"name": self.name, "parts": parts, "weights": list(self.weights)}
+
+
+def _places(scores: torch.Tensor, across_heads: bool) -> torch.Tensor:
+    """Ranks of scores (batch, num_kv_heads, n), best 0, as a share of all that are ranked together."""
+    together = scores.flatten(1) if across_heads else scores
+    order = together.argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(-1).view_as(scores).float() / together.shape[-1]
