@@ -196,7 +196,7 @@ def _select(layer: SmartKVLayer, scores: torch.Tensor, current: torch.Tensor, bu
     policy, quant = layer.config.policy, layer.config.quant
     page_bytes = [x.page_bytes + page_meter_bytes(policy) for x in layer.store.layouts]
     evict_distortion = 1.0 if policy.evicts else EVICT_NEVER
-    tiers = ops.select_kv(scores, current, budgets, page_bytes, quant.distortion, evict_distortion)
+    tiers = ops.select_kv(scores, current, budgets, page_bytes, quant.loss, evict_distortion)
     if not policy.evicts and bool(((tiers < 0) & (current >= 0)).any()):
         pages = (current >= 0).sum(-1).add(PAGE_SIZE - 1).div(PAGE_SIZE, rounding_mode="floor").sum(-1)
         raise ValueError(

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from smartkv_ext.reference.layout import BITS, PageLayout, page_layout
-from smartkv_ext.reference.levels import LEVELS, RELATIVE_DISTORTION
+from smartkv_ext.reference.levels import LEVELS
+
+# What a token loses at a tier, relative to being evicted. Not the relative squared error of its codes (0.12 at 2 bits):
+# noise in keys passes through an exponential, so low bits lose more than in proportion. Fitted to KL on a training text
+# (docs/design/quality.md); 4 and 8 bits are the squared error.
+TIER_LOSS = {2: 0.8, 3: 0.08, 4: 0.0095, 8: 4.0e-5, 16: 0.0}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,6 @@ class QuantSpec:
         return [page_layout(bits, head_dim, dtype.itemsize) for bits in self.tiers]
 
     @property
-    def distortion(self) -> list[float]:
-        """Relative squared error that each tier leaves."""
-        return [RELATIVE_DISTORTION[bits] for bits in self.tiers]
+    def loss(self) -> list[float]:
+        """What a token loses at each tier, relative to being evicted."""
+        return [TIER_LOSS[bits] for bits in self.tiers]
