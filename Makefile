@@ -22,7 +22,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,gguf]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,train,gguf]"
 	touch $@
 
 cpp-test: $(VENV)/.torch
