@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(THREADS)
     uint8_t* const out = p.pages + item * p.page_bytes;
     uint8_t* const page = BITS == 16 ? out : image;
     __syncthreads();  // the page before this one has left
-    if (BITS < 16) {
+    if (BITS < 16 || first + PAGE_SIZE > p.kv_len) {
       for (int64_t i = threadIdx.x; i < p.page_bytes / 16; i += THREADS) {
-        reinterpret_cast<uint4*>(image)[i] = make_uint4(0, 0, 0, 0);
+        reinterpret_cast<uint4*>(page)[i] = make_uint4(0, 0, 0, 0);
       }
     }
     __syncthreads();

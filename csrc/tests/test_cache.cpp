@@ -12,7 +12,9 @@ std::vector<uint8_t> quantize(const KernelTable& kernels, const Dense& k, const 
                               int threads) {
   const int64_t heads = int64_t{k.batch} * k.heads, pages = (k.n + PAGE_SIZE - 1) / PAGE_SIZE;
   const PageLayout layout = page_layout(bits, k.head_dim, dtype_size(k.dtype));
-  std::vector<uint8_t> out(heads * pages * layout.page_bytes, 0);
+  // Whatever was there before: every byte of a page is written.
+  std::vector<uint8_t> out(heads * pages * layout.page_bytes,
+                           static_cast<uint8_t>(testing::random_int(0, 255)));
   std::vector<int32_t> positions(heads * k.n);
   std::vector<float> scores(heads * k.n);
   for (size_t i = 0; i < positions.size(); ++i) {

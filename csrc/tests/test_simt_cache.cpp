@@ -34,7 +34,7 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
   const int64_t num_pages = (n + PAGE_SIZE - 1) / PAGE_SIZE;
   for (int bits : BITS) {
     const PageLayout layout = page_layout(bits, head_dim, dtype_size(dtype));
-    std::vector<uint8_t> expected(4 * num_pages * layout.page_bytes, 0);
+    std::vector<uint8_t> expected(4 * num_pages * layout.page_bytes, 0x55);
     QuantizeParams p{k.view(),
                      v.view(),
                      mean.data(),
@@ -65,7 +65,7 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
     cpu_kernels().dequantize_kv(back, testing::parallel());
     for (int seed = 0; seed < NUM_SEEDS; ++seed) {
       simt::set_seed(seed);
-      std::vector<uint8_t> pages(expected.size(), 0);
+      std::vector<uint8_t> pages(expected.size(), 0xff);
       p.pages = pages.data();
       CUDA.quantize_kv(p, testing::parallel());
       CHECK(pages == expected, "%d bits, head_dim %d, seed %d", bits, head_dim, seed);

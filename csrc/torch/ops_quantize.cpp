@@ -36,7 +36,7 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
   params.scores = score.const_data_ptr<float>();
   params.page_bytes = page_layout(params.bits, params.head_dim, dtype_size(dtype)).page_bytes;
   const int64_t num_pages = (params.kv_len + PAGE_SIZE - 1) / PAGE_SIZE;
-  const Tensor pages = torch::stable::new_zeros(
+  const Tensor pages = torch::stable::new_empty(
       k, {sizes[0], sizes[1], num_pages, params.page_bytes}, ScalarType::Byte);
   params.pages = static_cast<uint8_t*>(pages.mutable_data_ptr());
   if (num_pages > 0) place.run(&KernelTable::quantize_kv, params);
