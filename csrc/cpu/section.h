@@ -43,7 +43,7 @@ struct LevelBytes {
 #endif
   }
 
-  // Bits above the code may hold anything: the table repeats.
+  // The table repeats, so bits above the code may hold anything but bit 7 of a byte on AVX2.
   template <int BITS>
   SMARTKV_INLINE I of(I word) const {
     if constexpr (BITS == 8) {
@@ -52,7 +52,6 @@ struct LevelBytes {
 #if defined(SMARTKV_AVX512)
     return (I)_mm512_permutexvar_epi8((__m512i)word, table);
 #elif defined(SMARTKV_AVX2)
-    word = word & splat(0x0f0f0f0f);
     return {(v8i)_mm256_shuffle_epi8(table, (__m256i)word.lo),
             (v8i)_mm256_shuffle_epi8(table, (__m256i)word.hi)};
 #else
@@ -60,6 +59,24 @@ struct LevelBytes {
 #endif
   }
 };
+
+// Codes with noise above them as LevelBytes takes them.
+SMARTKV_INLINE I as_index(I word) {
+#if defined(SMARTKV_AVX2)
+  return word & splat(0x0f0f0f0f);
+#else
+  return word;
+#endif
+}
+// The two lower bits of each byte of one, the third of the other.
+SMARTKV_INLINE I merge_planes(I two, I one) {
+  const I mask = splat(0x03030303);
+#if defined(SMARTKV_AVX2)
+  return (two & mask) | (one & splat(0x04040404));
+#else
+  return (two & mask) | (one & (mask ^ splat(-1)));  // one vpternlog
+#endif
+}
 
 // What one 64-byte load of a section serves: PARTS vectors of codes, PARTS apart in the channels.
 template <int BITS>
@@ -69,8 +86,14 @@ struct CodeWords {
 
   template <int PART>
   SMARTKV_INLINE I part() const {
-    if constexpr (PART == 0) return word;
-    return word >> (PART * BITS);
+#if defined(SMARTKV_AVX2)
+    if constexpr (BITS == 2) {  // one mask serves two parts
+      const I both = (word >> (PART % 2 * 2)) & splat(0x33333333);
+      return PART < 2 ? both : both >> 4;
+    }
+#endif
+    if constexpr (BITS == 8) return word;
+    return as_index(PART == 0 ? word : word >> (PART * BITS));
   }
 };
 
@@ -83,8 +106,7 @@ struct CodeWords<3> {
   SMARTKV_INLINE I part() const {
     const I two = PART / 2 == 0 ? low[PART % 2] : low[PART % 2] >> (PART / 2 * 2);
     const I one = PART < 2 ? high << (2 - PART) : PART == 2 ? high : high >> (PART - 2);
-    const I mask = splat(0x03030303);
-    return (two & mask) | (one & (mask ^ splat(-1)));
+    return merge_planes(two, one);
   }
 };
 
@@ -115,8 +137,7 @@ struct CodeWords<HALF_3> {
   template <int PART>
   SMARTKV_INLINE I part() const {
     const I one = PART == 0 ? high << 2 : high >> (PART == 0 ? 0 : 2 * PART - 2);
-    const I mask = splat(0x03030303);
-    return ((low >> (2 * PART)) & mask) | (one & (mask ^ splat(-1)));
+    return merge_planes(low >> (2 * PART), one);
   }
 };
 
@@ -202,7 +223,7 @@ inline void unpack_section(const TierCodec& codec, CodeStream stream, uint8_t* o
       const I word = LANES == K_LANES ? reader.k_codes(stream.codes, group * K_LANES, unit)
                                       : reader.merge(load_words(words[0] + group * V_LANES),
                                                      load_words(words[1] + group * V_LANES));
-      put(unit, group, levels.template of<BITS>(word));
+      put(unit, group, levels.template of<BITS>(BITS == 8 ? word : as_index(word)));
     }
   }
 }
