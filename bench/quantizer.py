@@ -17,7 +17,7 @@ import typer
 
 from bench.models import load
 from bench.output import show
-from bench.quantizers import KEYS, NOT_AT, VALUES, Calibration, Tensors
+from bench.quantizers import KEYS, VALUES, Calibration, Tensors, is_offered
 from smartkv_ext.eval.recording import Recording, record
 from smartkv_ext.eval.tasks.options import first_tokens, language_reference, read_text
 from smartkv_ext.hf import patch
@@ -88,7 +88,7 @@ def errors(found: list[Tensors], bits: int, queries: int, sinks: int) -> list[di
     rows = []
     for side, methods in (("keys", KEYS), ("values", VALUES)):
         for name, quantize in methods.items():
-            if bits in NOT_AT.get(name, ()):
+            if not is_offered(name, bits):
                 continue
             each, size = [], 0.0
             for layer in found:

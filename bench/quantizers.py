@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from smartkv_ext.eval.simulated import affine
 from smartkv_ext.reference.hadamard import rotate
@@ -199,6 +200,12 @@ VALUES: dict[str, Quantizer] = {
     "hqq g64": lambda t, b: of_backend(t.v, b, "hqq"),
 }
 NOT_AT = {"quanto g64": (3, 8), "hqq g64": (3,)}  # bits that a backend does not have
+INSTALLED = {"quanto g64": is_optimum_quanto_available, "hqq g64": is_hqq_available}
+
+
+def is_offered(name: str, bits: int) -> bool:
+    """Whether a method has this number of bits, and its package is installed."""
+    return bits not in NOT_AT.get(name, ()) and (name not in INSTALLED or INSTALLED[name]())
 
 
 def _turned(x: torch.Tensor, bits: int, quantize: Any) -> tuple[torch.Tensor, float]:
