@@ -105,7 +105,7 @@ def test_a_rival_that_fails_is_reported(model, tmp_path, monkeypatch):
         replay(recording, cache)
 
     monkeypatch.setattr("smartkv_ext.eval.methods.replay", broken)
-    rows = run(model, options(tmp_path), tmp_path / "f.jsonl", ["quanto bits=4", "full"], ["text"])
+    rows = run(model, options(tmp_path), tmp_path / "f.jsonl", ["tokenwise bits=4 group=32", "full"], ["text"])
     assert [row["kind"] for row in rows] == ["failed", "text"] and rows[0]["error"] == "no such thing"
     with pytest.raises(RuntimeError, match="no such thing"):
         run(model, options(tmp_path), tmp_path / "f.jsonl", [OURS], ["text"])
