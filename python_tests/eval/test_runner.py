@@ -99,13 +99,12 @@ def test_query_aware_compresses_the_question(model, tmp_path):
 
 
 def test_a_rival_that_fails_is_reported(model, tmp_path, monkeypatch):
-    def broken(recording, cache):
-        if type(cache).__name__ != "DynamicCache":
-            raise RuntimeError("no such thing")
-        replay(recording, cache)
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("smartkv_ext.eval.methods.replay", broken)
-    rows = run(model, options(tmp_path), tmp_path / "f.jsonl", ["tokenwise bits=4 group=32", "full"], ["text"])
+    for name in ("QuantizedCache", "SmartKVCache"):
+        monkeypatch.setattr(f"smartkv_ext.eval.methods.{name}", broken)
+    rows = run(model, options(tmp_path), tmp_path / "f.jsonl", ["quanto bits=4", "full"], ["text"])
     assert [row["kind"] for row in rows] == ["failed", "text"] and rows[0]["error"] == "no such thing"
     with pytest.raises(RuntimeError, match="no such thing"):
         run(model, options(tmp_path), tmp_path / "f.jsonl", [OURS], ["text"])
