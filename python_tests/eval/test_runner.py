@@ -10,7 +10,6 @@ from python_tests.hf.tiny import tiny
 from smartkv_ext.eval.items import Document, Question
 from smartkv_ext.eval.methods import get_method
 from smartkv_ext.eval.metrics import METRICS
-from smartkv_ext.eval.recording import replay
 from smartkv_ext.eval.runner import Results, Settings, evaluate, read_rows
 from smartkv_ext.eval.tasks import TaskOptions, get_documents
 
@@ -99,11 +98,12 @@ def test_query_aware_compresses_the_question(model, tmp_path):
 
 
 def test_a_rival_that_fails_is_reported(model, tmp_path, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("no such thing")
+    class Broken:
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError("no such thing")
 
     for name in ("QuantizedCache", "SmartKVCache"):
-        monkeypatch.setattr(f"smartkv_ext.eval.methods.{name}", broken)
+        monkeypatch.setattr(f"smartkv_ext.eval.methods.{name}", Broken)
     rows = run(model, options(tmp_path), tmp_path / "f.jsonl", ["quanto bits=4", "full"], ["text"])
     assert [row["kind"] for row in rows] == ["failed", "text"] and rows[0]["error"] == "no such thing"
     with pytest.raises(RuntimeError, match="no such thing"):
