@@ -10,7 +10,6 @@ namespace {
 constexpr int PLAN_THREADS = 128;
 constexpr int PLAN_WARPS = PLAN_THREADS / WARP;
 constexpr int WARPS_PER_BLOCK = 4;
-constexpr int64_t MAX_BLOCKS = 1 << 16;
 
 // Kernels
 
@@ -28,8 +27,8 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams 
   }
   for (int64_t first = 0; first < p.new_len; first += PLAN_THREADS) {
     const int64_t i = first + threadIdx.x;
-    int tier = i < p.new_len ? p.tiers[head * p.new_len + i] : -1;
-    if (tier >= cache.num_tiers) tier = -1;
+    int tier = is_within(i, p.new_len) ? p.tiers[head * p.new_len + i] : -1;
+    if (!is_within(tier, cache.num_tiers)) tier = -1;
     unsigned mine = 0;
     for (int t = 0; t < cache.num_tiers; ++t) {
       const unsigned lanes = __ballot_sync(ALL_LANES, tier == t);
@@ -37,11 +36,12 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams 
       if (lane == t) counts[warp][t] = __popc(lanes);
     }
     __syncthreads();
-    if (i < p.new_len && tier < 0) slots[head * p.new_len + i] = -1;
+    if (tier < 0 && is_within(i, p.new_len)) slots[head * p.new_len + i] = -1;
     if (tier >= 0) {
       int32_t slot = lengths[tier] + __popc(mine & ((1u << lane) - 1));
       for (int w = 0; w < warp; ++w) slot += counts[w][tier];
-      const bool has_room = cache.num_pages[tier] > 0 && slot < cache.max_pages * PAGE_SIZE;
+      const bool has_room =
+          cache.num_pages[tier] > 0 && is_within(int64_t{slot}, cache.max_pages * PAGE_SIZE);
       slots[head * p.new_len + i] = has_room ? slot : -1;
     }
     __syncthreads();
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams 
   }
 }
 
-// A warp per token. grid_shape: [min(tokens / 4, 65536)].
+// A warp per token. grid_shape: [min(tokens / 4, most_blocks())].
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK)
     append_kv_kernel(AppendParams p, Codebooks codebooks, const int32_t* __restrict__ slots) {
@@ -106,7 +106,7 @@ const char* append_kv_cuda(const AppendParams& p, void* workspace, void* stream)
   const auto heads = static_cast<unsigned>(cache.batch * cache.num_kv_heads);
   SMARTKV_LAUNCH(plan_append_kernel, heads, PLAN_THREADS, 0, cuda_stream, p, slots);
   const int64_t blocks = (tokens + WARPS_PER_BLOCK - 1) / WARPS_PER_BLOCK;
-  const auto grid = static_cast<unsigned>(std::min(blocks, MAX_BLOCKS));
+  const auto grid = static_cast<unsigned>(std::min(blocks, most_blocks()));
   const Codebooks books = make_codebooks(cache.tier_bits, cache.num_tiers, cache.levels);
   SMARTKV_HEAD_DIM_SWITCH(cache.head_dim, [&] {
     SMARTKV_LAUNCH(append_kv_kernel<HEAD_DIM>, grid, WARP * WARPS_PER_BLOCK, 0, cuda_stream, p,

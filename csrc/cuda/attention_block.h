@@ -126,7 +126,7 @@ struct Block {
       Fragment keys[Tile::SHIFTS];
       Tile::k_matrices(stage, block, levels, keys);
       const int lane = block * LANES_PER_MATRIX + 4 * t;
-      const bool exists = Tile::LANES % LANES_PER_MATRIX == 0 || lane < Tile::LANES;
+      const bool exists = Tile::LANES % LANES_PER_MATRIX == 0 || is_within(lane, Tile::LANES);
 #pragma unroll
       for (int u = 0; u < Tile::SHIFTS; ++u) {
 #pragma unroll
@@ -279,10 +279,10 @@ __device__ __forceinline__ void walk_codes(const Block<Layout, ROW_TILES>& block
     const unsigned char* const stage = stage_of(tile);
     const int64_t first = tile * PAGE_SIZE + warp * WARP_TOKENS + 2 * g;
     const int2 stored = *reinterpret_cast<const int2*>(stage + Tile::POSITION + 8 * g);
-    const int positions[2] = {first < length ? stored.x : -1, first + 1 < length ? stored.y : -1};
+    const int positions[2] = {is_within(first, length) ? stored.x : -1,
+                              is_within(first + 1, length) ? stored.y : -1};
     visit(stage, tile, positions);
   }
-  wait_copies<0>();
   __syncwarp();  // the stages are free
 }
 
@@ -296,14 +296,14 @@ __device__ __forceinline__ void walk_dense(const Block<Layout, ROW_TILES>& block
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const DenseRows rows = block.template dense_rows<HEAD_DIM>(tiles.tier, tile);
     const int token = first + lane % WARP_TOKENS;
-    int position = token < rows.count ? rows.positions[token] : -1;
+    int position = is_within(token, rows.count) ? rows.positions[token] : -1;
     if (!sees(block.visible, position)) position = -1;
     const unsigned valid = __ballot_sync(ALL_LANES, position >= 0) & ((1u << WARP_TOKENS) - 1);
     if (valid == 0) continue;
     DenseTile<HEAD_DIM, DTYPE>::load(block.stages(), rows, first, position, with_v);
     commit_copies();
     wait_copies<0>();
-    __syncwarp();
+    __syncwarp();  // the stage has come for all lanes
     const int positions[2] = {__shfl_sync(ALL_LANES, position, 2 * g),
                               __shfl_sync(ALL_LANES, position, 2 * g + 1)};
     visit(rows, first, tile, positions, valid);

@@ -21,7 +21,7 @@ struct ThreadLse {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int row = block.unit.row_block * Layout::ROWS + 8 * n + 2 * (threadIdx.x % 4) + e;
-        const bool exists = row < block.run.num_rows;
+        const bool exists = is_within(row, block.run.num_rows);
         const float lse =
             exists ? block.run.p.lse[output_row(block.run.p, block.unit.head, row)] : -INFINITY;
         counts[n][e] = lse > -INFINITY;
@@ -47,7 +47,8 @@ struct ThreadLse {
 #pragma unroll
     for (int token = 0; token < 2; ++token) {
       const float sum = sum_lanes<4>(mass[token]);
-      if (threadIdx.x % 4 == 0 && first + token < count) out[first + token] += sum;
+      if (threadIdx.x % 4 == 0 && is_within(int64_t{first} + token, count))
+        out[first + token] += sum;
     }
   }
 };

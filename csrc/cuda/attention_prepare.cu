@@ -18,13 +18,13 @@ __device__ __forceinline__ void plan(const AttentionRun& run) {
   int64_t before = 0;
   for (int64_t first = 0; first < run.heads; first += WARP) {
     const int64_t head = first + lane;
-    int64_t sum = head < run.heads ? head_cost(run.p, head) : 0;
+    int64_t sum = is_within(head, run.heads) ? head_cost(run.p, head) : 0;
 #pragma unroll
     for (int distance = 1; distance < WARP; distance *= 2) {
       const int64_t other = __shfl_up_sync(ALL_LANES, sum, distance);
       if (lane >= distance) sum += other;
     }
-    if (head < run.heads) run.cost_before[head + 1] = before + sum;
+    if (is_within(head, run.heads)) run.cost_before[head + 1] = before + sum;
     before += __shfl_sync(ALL_LANES, sum, WARP - 1);
   }
   if (lane == 0) run.cost_before[0] = 0;
@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) prepare_kernel(AttentionRun
   }
   const DecodeAttentionParams& p = run.p;
   const int64_t at = (int64_t{blockIdx.x} - 1) * ROWS_PER_BLOCK + threadIdx.x / HALF_WARP;
-  const bool exists = at < run.units * run.rows_per_block;
+  const bool exists = is_within(at, run.units * run.rows_per_block);
   const int64_t unit = at / run.rows_per_block, head = unit / run.row_blocks;
   const int row =
       static_cast<int>(unit % run.row_blocks * run.rows_per_block + at % run.rows_per_block);
-  const bool is_query = exists && row < run.num_rows;
+  const bool is_query = exists && is_within(row, run.num_rows);
   const int groups = p.num_heads / p.cache.num_kv_heads, lane = threadIdx.x % HALF_WARP;
   const int64_t b = head / p.cache.num_kv_heads, h = head % p.cache.num_kv_heads;
   HeadRow<HEAD_DIM> q{};

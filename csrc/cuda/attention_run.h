@@ -104,7 +104,7 @@ struct Span {
 
 __device__ __forceinline__ Span span_of_row(const AttentionRun& run, int row) {
   const DecodeAttentionParams& p = run.p;
-  if (row >= run.num_rows) return {0, -1};
+  if (!is_within(row, run.num_rows)) return {0, -1};
   const int64_t position = p.q_start + row / (p.num_heads / p.cache.num_kv_heads);
   const int64_t low = p.sliding_window > 0 ? position - p.sliding_window + 1 : 0;
   return {static_cast<int>(low > 0 ? low : 0), static_cast<int>(position)};

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_compact_kernel(CompactParam
   const int tier = static_cast<int>(list % p.cache.num_tiers);
   const int length = list_length(p.cache, list / p.cache.num_tiers, tier);
   const int8_t* const targets = p.targets + list * plan.capacity;
-  const auto target_of = [&](int i) { return i < length ? int{targets[i]} : -1; };
+  const auto target_of = [&](int i) { return is_within(i, length) ? int{targets[i]} : -1; };
   int kept = 0;
   for (int first = 0; first < length; first += PLAN_THREADS) {
     const int i = first + static_cast<int>(threadIdx.x);
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK)
     const int32_t* const first = plan.first + list * (MAX_TIERS + 1) + tier;
     const int32_t* const records = plan.demoted + list * plan.capacity + first[0];
     const int room = cache.num_pages[tier] > 0 ? static_cast<int>(plan.capacity) - end : 0;
-    const int count = min(first[1] - first[0], room);
+    const int count = clamp_to(0, first[1] - first[0], room);
     const PageLayout source_layout =
         page_layout(cache.tier_bits[source], HEAD_DIM, dtype_size(cache.raw_dtype));
     for (int i = blockIdx.x * WARPS_PER_BLOCK + warp; i < count; i += gridDim.x * WARPS_PER_BLOCK) {

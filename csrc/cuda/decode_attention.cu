@@ -148,7 +148,7 @@ __device__ __forceinline__ void attend_codes(Block<Layout, ROW_TILES>& block, co
       });
   merge_warps<HEAD_DIM>(block, state, o, [&](int matrix, int row) {
     const int lane = matrix / Tile::SHIFTS * LANES_PER_MATRIX + 2 * g + row;
-    return lane < Tile::LANES ? lane + Tile::LANES * (matrix % Tile::SHIFTS) : -1;
+    return is_within(lane, Tile::LANES) ? lane + Tile::LANES * (matrix % Tile::SHIFTS) : -1;
   });
 }
 
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) decode_attention_kernel(
       run.part_max[part + threadIdx.x] = block.floats(Layout::MAX)[threadIdx.x];
       run.part_sum[part + threadIdx.x] = block.floats(Layout::SUM)[threadIdx.x];
     }
-    __syncthreads();  // before the next unit overwrites it
+    // No barrier: what a thread read here, itself will overwrite for the next unit.
   }
 }
 
@@ -266,13 +266,13 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) merge_parts_kernel(Attentio
   const DecodeAttentionParams& p = run.p;
   const int head_dim = p.cache.head_dim, lane = threadIdx.x % WARP;
   const int64_t at = int64_t{blockIdx.x} * ATTENTION_WARPS + threadIdx.x / WARP;
-  if (at >= run.units * run.rows_per_block) return;
+  if (!is_within(at, run.units * run.rows_per_block)) return;
   const int64_t index = at / run.rows_per_block;
   const Unit unit =
       unit_of_head(run, index / run.row_blocks, static_cast<int>(index % run.row_blocks));
   const int local = static_cast<int>(at % run.rows_per_block);
   const int row = unit.row_block * run.rows_per_block + local;
-  if (row >= run.num_rows) return;
+  if (!is_within(row, run.num_rows)) return;
   float top = -INFINITY;
   for_each_part(run, unit, local, [&](int64_t i) { top = fmaxf(top, run.part_max[i]); });
   const float base = top == -INFINITY ? 0.0f : top;

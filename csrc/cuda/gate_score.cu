@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < FEW_TOKENS * p.sizes[0]; i += THREADS) {
     const int token = i / p.sizes[0], c = i % p.sizes[0];
     x[token * width + c] =
-        token < count
+        is_within(token, count)
             ? load_value(row_of(keys, item.batch, item.head, first + token), keys.dtype, c)
             : 0.0f;
   }
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(THREADS)
     x = y;
     y = swap;
   }
-  __syncthreads();
-  if (threadIdx.x < static_cast<unsigned>(count)) {
+  // No barrier: the last layer has one output, and a thread reads what itself has written.
+  if (is_within(static_cast<int>(threadIdx.x), count)) {
     scores_of(p, item, first_layer)[first + threadIdx.x] = x[threadIdx.x * width];
   }
 }
@@ -118,13 +118,14 @@ __device__ __forceinline__ void load_weights(uint16_t* to, int row_elements, int
                                              const float* from, int out, int in) {
   for (int i = threadIdx.x; i < rows * columns; i += THREADS) {
     const int row = i / columns, column = i % columns;
-    const float value = row < out && column < in ? from[int64_t{row} * in + column] : 0.0f;
+    const bool exists = is_within(row, out) && is_within(column, in);
+    const float value = exists ? from[int64_t{row} * in + column] : 0.0f;
     to[row * row_elements + column] = __bfloat16_as_ushort(__float2bfloat16_rn(value));
   }
 }
 
 __device__ __forceinline__ void load_floats(float* to, int count, const float* from, int have) {
-  for (int i = threadIdx.x; i < count; i += THREADS) to[i] = i < have ? from[i] : 0.0f;
+  for (int i = threadIdx.x; i < count; i += THREADS) to[i] = is_within(i, have) ? from[i] : 0.0f;
 }
 
 // Operand B for 16 outputs from `output` and 16 inputs from `input`: two tiles of 8 outputs.
@@ -195,12 +196,13 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t tiles = (p.kv_len + TILE_TOKENS - 1) / TILE_TOKENS;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t first = tile * TILE_TOKENS + threadIdx.x / WARP * WARP_TOKENS;
-    if (first >= p.kv_len) continue;
+    if (!is_within(first, p.kv_len)) continue;
     unsigned x[CHUNKS][4];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int64_t n = first + g + 8 * row;
-      const char* const key = row_of(keys, item.batch, item.head, n < p.kv_len ? n : first);
+      const char* const key =
+          row_of(keys, item.batch, item.head, is_within(n, p.kv_len) ? n : first);
 #pragma unroll
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
 #pragma unroll
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int row = 0; row < 2; ++row) {
       const float sum = sum_lanes<4>(score[row]);
       const int64_t n = first + g + 8 * row;
-      if (t != 0 || n >= p.kv_len) continue;
+      if (t != 0 || !is_within(n, p.kv_len)) continue;
       scores[n] = sum + (first_row == 0 ? p.biases[p.num_linear - 1][item.gate] : scores[n]);
     }
   }

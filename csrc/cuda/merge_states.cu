@@ -9,7 +9,6 @@ namespace smartkv {
 namespace {
 
 constexpr int WARPS_PER_BLOCK = 4;
-constexpr int64_t MAX_BLOCKS = 1 << 16;
 constexpr int CHANNELS_PER_LANE = MAX_HEAD_DIM / WARP;
 
 // Kernels
@@ -30,7 +29,8 @@ __device__ float merged_lse(const MergeStatesParams& p, int64_t row, int lane) {
   return top + logf(total);
 }
 
-// A warp per row, a lane per channel; blocks stride over rows. grid_shape: [min(rows / 4, 65536)].
+// A warp per row, a lane per channel; blocks stride over rows. grid_shape: [min(rows / 4,
+// most_blocks())].
 template <typename scalar_t>
 __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK) merge_states_kernel(MergeStatesParams p) {
   const int lane = threadIdx.x % WARP;
@@ -48,13 +48,13 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK) merge_states_kernel(Mer
 #pragma unroll
       for (int i = 0; i < CHANNELS_PER_LANE; ++i) {
         const int c = i * WARP + lane;
-        if (c < p.head_dim) sum[i] = fmaf(weight, to_float(state[c]), sum[i]);
+        if (is_within(c, p.head_dim)) sum[i] = fmaf(weight, to_float(state[c]), sum[i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < CHANNELS_PER_LANE; ++i) {
       const int c = i * WARP + lane;
-      if (c < p.head_dim) out[row * p.head_dim + c] = from_float<scalar_t>(sum[i]);
+      if (is_within(c, p.head_dim)) out[row * p.head_dim + c] = from_float<scalar_t>(sum[i]);
     }
     if (lane == 0) p.out_lse[row] = merged;
   }
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK) merge_states_kernel(Mer
 template <typename scalar_t>
 void launch(const MergeStatesParams& params, cudaStream_t stream) {
   const int64_t blocks = (params.rows + WARPS_PER_BLOCK - 1) / WARPS_PER_BLOCK;
-  const unsigned grid = static_cast<unsigned>(std::min(blocks, MAX_BLOCKS));
+  const unsigned grid = static_cast<unsigned>(std::min(blocks, most_blocks()));
   SMARTKV_LAUNCH(merge_states_kernel<scalar_t>, grid, WARP * WARPS_PER_BLOCK, 0, stream, params);
 }
 

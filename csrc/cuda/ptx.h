@@ -87,12 +87,12 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const unsigned (&a)
 
 inline void copy_async(void* shared, const void* global, bool valid = true,
                        simt::Place where = simt::Place::current()) {
-  simt::copy_async(shared, global, valid ? 16 : 0, where);
+  simt::copy_async(shared, global, valid || !simt::is_enabled(where) ? 16 : 0, where);
 }
 inline void commit_copies() { simt::commit_group(); }
 template <int PENDING>
-inline void wait_copies() {
-  simt::wait_group(PENDING);
+inline void wait_copies(simt::Place where = simt::Place::current()) {
+  if (simt::is_enabled(where)) simt::wait_group(PENDING);
 }
 inline void load_matrices(unsigned (&r)[4], const void* row,
                           simt::Place where = simt::Place::current()) {

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int WARPS_PER_BLOCK = 8;
 constexpr int THREADS = WARP * WARPS_PER_BLOCK;
-constexpr int64_t MAX_BLOCKS = 1 << 16;
 
 // Kernels
 
@@ -21,7 +20,7 @@ __device__ __forceinline__ void copy_page(uint8_t* to, const uint8_t* from, int6
 }
 
 // A warp per token, pages of fewer than 16 bits built in shared memory so that they leave in
-// accesses of 16 bytes. grid_shape: [min(batch * num_kv_heads * num_pages, 65536)].
+// accesses of 16 bytes. grid_shape: [min(batch * num_kv_heads * num_pages, most_blocks())].
 template <int HEAD_DIM, int BITS>
 __global__ void __launch_bounds__(THREADS)
     quantize_kv_kernel(QuantizeParams p, Codebook codebook, int64_t num_pages) {
@@ -37,7 +36,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t b = head / p.num_kv_heads, h = head % p.num_kv_heads;
     uint8_t* const out = p.pages + item * p.page_bytes;
     uint8_t* const page = BITS == 16 ? out : image;
-    __syncthreads();  // the page before this one has left
+    // No barrier: a thread clears what itself has copied out of the page before this one.
     if (BITS < 16 || first + PAGE_SIZE > p.kv_len) {
       for (int64_t i = threadIdx.x; i < p.page_bytes / 16; i += THREADS) {
         reinterpret_cast<uint4*>(page)[i] = make_uint4(0, 0, 0, 0);
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     for (int slot = warp; slot < PAGE_SIZE; slot += WARPS_PER_BLOCK) {
       const int64_t n = first + slot;
-      if (n >= p.kv_len) {
+      if (!is_within(n, p.kv_len)) {
         if (lane == 0) reinterpret_cast<int32_t*>(page + layout.position)[slot] = -1;
         continue;
       }
@@ -113,7 +112,7 @@ const char* quantize_kv_cuda(const QuantizeParams& p, void* stream) {
   const int64_t num_pages = (p.kv_len + PAGE_SIZE - 1) / PAGE_SIZE;
   const int64_t items = int64_t{p.batch} * p.num_kv_heads * num_pages;
   if (items == 0) return nullptr;
-  const auto grid = static_cast<unsigned>(std::min(items, MAX_BLOCKS));
+  const auto grid = static_cast<unsigned>(std::min(items, most_blocks()));
   SMARTKV_HEAD_DIM_SWITCH(p.head_dim, [&] {
     SMARTKV_BITS_SWITCH(p.bits, [&] {
       SMARTKV_LAUNCH((quantize_kv_kernel<HEAD_DIM, BITS>), grid, THREADS,
@@ -127,7 +126,7 @@ const char* quantize_kv_cuda(const QuantizeParams& p, void* stream) {
 const char* dequantize_kv_cuda(const DequantizeParams& p, void* stream) {
   const int64_t items = int64_t{p.batch} * p.num_kv_heads * p.num_pages;
   if (items == 0) return nullptr;
-  const auto grid = static_cast<unsigned>(std::min(items, MAX_BLOCKS));
+  const auto grid = static_cast<unsigned>(std::min(items, most_blocks()));
   SMARTKV_HEAD_DIM_SWITCH(p.head_dim, [&] {
     SMARTKV_BITS_SWITCH(p.bits, [&] {
       SMARTKV_LAUNCH((dequantize_kv_kernel<HEAD_DIM, BITS>), grid, THREADS,

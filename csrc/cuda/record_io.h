@@ -205,7 +205,7 @@ __device__ __forceinline__ void write_label(uint8_t* page, const PageLayout& lay
 __device__ __forceinline__ int list_length(const PagedKV& cache, int64_t head, int tier) {
   if (cache.num_pages[tier] == 0) return 0;
   const int length = cache.cache_seqlens[head * cache.num_tiers + tier];
-  return max(0, min(length, static_cast<int>(cache.max_pages) * PAGE_SIZE));
+  return clamp_to(0, length, static_cast<int>(cache.max_pages) * PAGE_SIZE);
 }
 
 // The page of record i < max_pages * 64 of a list.
@@ -213,7 +213,7 @@ __device__ __forceinline__ uint8_t* page_of(const PagedKV& cache, int64_t head, 
                                             int64_t i) {
   const int64_t entry = (head * cache.num_tiers + tier) * cache.max_pages + i / PAGE_SIZE;
   const int64_t last = cache.num_pages[tier] - 1;
-  const int64_t id = max(int64_t{0}, min(int64_t{cache.block_table[entry]}, last));
+  const int64_t id = clamp_to(int64_t{0}, cache.block_table[entry], last);
   return cache.pools[tier] + id * cache.page_bytes[tier];
 }
 

@@ -1,7 +1,7 @@
 // Values of the three dtypes to and from float, and reductions over lanes.
 #pragma once
 
-#include "cuda_prelude.h"
+#include "bounds.h"
 #include "smartkv/layout.h"
 
 namespace smartkv {
@@ -134,6 +134,12 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
+}
+
+// Of a grid whose blocks stride over their items: enough for the scheduler of the GPU to even out
+// what takes longer.
+inline int64_t most_blocks() {
+  return int64_t{32} * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
 // What a launcher returns: nullptr, or why the launch failed.

@@ -62,7 +62,8 @@ __device__ __forceinline__ int reach_of(const SelectParams& p, uint32_t tie) {
   return min(int{p.current[place_of(p, tie)]}, p.num_tiers - 1);
 }
 
-// Candidates in the order of their ties, and how many may have each tier. Whole block.
+// Candidates in the order of their ties, and how many may have each tier. Whole block; begins with
+// a barrier.
 __device__ __forceinline__ int collect(const SelectParams& p, const Group& group,
                                        int (&counts)[WARPS], int (&eligible)[MAX_TIERS]) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -70,7 +71,7 @@ __device__ __forceinline__ int collect(const SelectParams& p, const Group& group
   int total = 0;
   for (int64_t first = 0; first < tokens; first += THREADS) {
     const int64_t tie = first + threadIdx.x;
-    bool exists = tie < tokens;
+    bool exists = is_within(tie, tokens);
     unsigned key = 0;
     if (exists) {
       const int64_t at = place_of(p, static_cast<uint32_t>(tie));
@@ -95,7 +96,6 @@ __device__ __forceinline__ int collect(const SelectParams& p, const Group& group
     group.ties[0][rank] = static_cast<uint32_t>(tie);
     for (int t = 0; t <= reach_of(p, static_cast<uint32_t>(tie)); ++t) atomicAdd(&eligible[t], 1);
   }
-  __syncthreads();
   return total;
 }
 
@@ -104,7 +104,8 @@ struct SortScratch {
   int counts[WARPS][DIGITS];
 };
 
-// Stable sort by key: four passes over digits of 8 bits, from keys[0] back to keys[0]. Whole block.
+// Stable sort by key: four passes over digits of 8 bits, from keys[0] back to keys[0]. Whole block;
+// each pass begins with a barrier.
 __device__ __forceinline__ void sort(const Group& group, int count, SortScratch& scratch) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   for (int pass = 0; pass < 4; ++pass) {
@@ -132,9 +133,9 @@ __device__ __forceinline__ void sort(const Group& group, int count, SortScratch&
     }
     for (int first = 0; first < count; first += THREADS) {
       const int i = first + static_cast<int>(threadIdx.x);
-      const bool exists = i < count;
+      const bool exists = is_within(i, count);
       for (int d = lane; d < DIGITS; d += WARP) scratch.counts[warp][d] = 0;
-      __syncwarp();
+      __syncwarp();  // the counts are clear
       const unsigned key = exists ? keys[i] : 0, tie = exists ? ties[i] : 0;
       const unsigned digit = exists ? digit_of(key) : DIGITS;
       const unsigned peers = __match_any_sync(ALL_LANES, digit);
@@ -158,7 +159,6 @@ __device__ __forceinline__ void sort(const Group& group, int count, SortScratch&
       }
       __syncwarp();  // the places have been read
     }
-    __syncthreads();
   }
 }
 
@@ -236,7 +236,7 @@ __device__ __forceinline__ int place(const SelectParams& p, const uint32_t* ties
   const int lane = threadIdx.x % WARP;
   int num_passed = 0;
   for (int first = 0; first < count; first += WARP) {
-    const bool exists = first + lane < count;
+    const bool exists = is_within(first + lane, count);
     const uint32_t tie = exists ? ties[first + lane] : 0;
     const int head = static_cast<int>(tie % p.heads), reach = exists ? reach_of(p, tie) : -1;
     int chosen = -1;
@@ -261,7 +261,7 @@ __device__ __forceinline__ int place(const SelectParams& p, const uint32_t* ties
         chosen = tier;
         if (rank == 0) slots[list] = room - __popc(peers & before);
       }
-      __syncwarp();
+      __syncwarp();  // the slots are taken
       left &= ~before;
       if (stop == WARP) break;
       // All slots of this list are taken now. Without a page to open it looks for a lower tier.
@@ -295,7 +295,6 @@ __global__ void __launch_bounds__(THREADS)
   int32_t* const slots = num_slots <= SHARED_SLOTS ? shared_slots : group.slots;
   if (threadIdx.x < MAX_TIERS) eligible[threadIdx.x] = 0;
   for (int64_t i = threadIdx.x; i < num_slots; i += THREADS) slots[i] = 0;
-  __syncthreads();
   const int count = collect(p, group, counts, eligible);
   sort(group, count, scratch);
   weigh_blocks(p, group, count);

@@ -19,9 +19,10 @@ namespace simt {
 namespace {
 
 constexpr std::align_val_t SHARED_ALIGNMENT{128};
-// Warps keep their rank in the schedule for 32 turns on average. One warp then runs far ahead of
-// another, which shows a missing barrier; and a thread that spins on an atomic lets others by.
-constexpr int TURNS_PER_RANKING = 32;
+// Warps keep their rank in the schedule for so many turns on average, by seed. One warp then runs
+// far ahead of another, which shows a missing barrier; and a thread that spins on an atomic lets
+// others by.
+constexpr int TURNS_PER_RANKING[] = {32, 512, 8192};
 
 struct Thread {
   Fiber fiber;
@@ -159,7 +160,7 @@ void Scheduler::start_block() {
 
 // Warp and lane of the thread whose turn it is; -1 where none can run.
 std::pair<int, int> Scheduler::pick() {
-  if (random(TURNS_PER_RANKING) == 0) shuffle(ranking_);
+  if (random(TURNS_PER_RANKING[seed % 3]) == 0) shuffle(ranking_);
   for (int warp : ranking_) {
     const unsigned ready = warps_[warp].ready;
     if (ready == 0) continue;

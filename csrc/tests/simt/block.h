@@ -71,8 +71,8 @@ void* dynamic_shared_memory();
 int thread_in_block();
 uint64_t block_serial();
 
-// Ends the launch with an Error that says where; called by a thread. The thread is never resumed, so
-// nothing on its stack is destroyed: `what` is no std::string, which would leak.
+// Ends the launch with an Error that says where; called by a thread. The thread is never resumed,
+// so nothing on its stack is destroyed: `what` is no std::string, which would leak.
 [[noreturn]] void misuse(const char* what, const std::source_location& where);
 
 // The schedule of the launches from now on.

@@ -18,6 +18,7 @@
 
 #include "simt/block.h"
 #include "simt/half.h"
+#include "simt/sites.h"
 #include "simt/vector_types.h"
 
 // Language
@@ -45,7 +46,8 @@ namespace simt {
 
 constexpr size_t DEFAULT_DYNAMIC_SHARED = 48 << 10;  // more is asked for by cudaFuncSetAttribute
 constexpr size_t MAX_DYNAMIC_SHARED = 163 << 10;     // of sm_80
-constexpr int NUM_MULTIPROCESSORS = 3;
+
+inline int num_multiprocessors = 3;  // tests may change it
 
 // Granted by cudaFuncSetAttribute.
 inline std::map<const void*, size_t> dynamic_shared_of;
@@ -100,7 +102,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::NUM_MULTIPROCESSORS
+  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::num_multiprocessors
                                                        : static_cast<int>(simt::MAX_DYNAMIC_SHARED);
   return cudaSuccess;
 }
@@ -156,7 +158,7 @@ T shuffle(Op op, unsigned mask, T value, int operand, int width, const Place& wh
 }  // namespace simt
 
 inline void __syncthreads(simt::Place where = simt::Place::current()) {
-  simt::barrier(simt::Op::SYNCTHREADS, 0, where);
+  if (simt::is_enabled(where)) simt::barrier(simt::Op::SYNCTHREADS, 0, where);
 }
 inline int __syncthreads_count(int predicate, simt::Place where = simt::Place::current()) {
   return simt::barrier(simt::Op::SYNCTHREADS_COUNT, predicate, where);
@@ -168,7 +170,7 @@ inline int __syncthreads_or(int predicate, simt::Place where = simt::Place::curr
   return simt::barrier(simt::Op::SYNCTHREADS_OR, predicate, where);
 }
 inline void __syncwarp(unsigned mask = ~0u, simt::Place where = simt::Place::current()) {
-  simt::vote(simt::Op::SYNCWARP, mask, 0, where);
+  if (simt::is_enabled(where)) simt::vote(simt::Op::SYNCWARP, mask, 0, where);
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
