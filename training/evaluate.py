@@ -158,7 +158,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for tables and plots")],
     split: str = "valid",
     horizon: int = 256,
-    threshold: float = 0.01,
+    threshold: float = 0.03,
 ) -> None:
     """Print a row per head and the medians; last line JSON."""
     result = evaluate_gates(gates, data, out, split, horizon=horizon, threshold=threshold)

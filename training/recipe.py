@@ -36,7 +36,7 @@ class Recipe:
     inputs: str = "key"  # key or key_value
     hidden_size: int | None = None  # None: as the kind says
     horizon: int = 256  # binary: attention from queries more than this many tokens later ...
-    threshold: float = 0.01  # ... with more than this probability
+    threshold: float = 0.03  # ... with more than this probability
     loss: str = "mse"  # mse or huber, of regression and compact
     epochs: int = 20
     batch: int = 512  # tokens, of each head
@@ -61,9 +61,10 @@ class Recipe:
     @classmethod
     def load(cls, path: Path, **changes: Any) -> Recipe:
         """Read a file, or one of training/recipes by its name. Raises ValueError naming what is wrong."""
-        path = path if path.is_file() else RECIPES / f"{path.name}.yaml"
+        given, path = path, path if path.is_file() else RECIPES / f"{path.name}.yaml"
         if not path.is_file():
-            raise ValueError(f"recipe {str(path)!r} does not exist")
+            names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+            raise ValueError(f"recipe {str(given)!r} does not exist: name a YAML file, or one of {names}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
         except yaml.YAMLError as error:

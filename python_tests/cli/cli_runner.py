@@ -2,6 +2,7 @@
 
 from typer.testing import CliRunner
 
+from smartkv_ext.cli import training  # noqa: F401  # its commands
 from smartkv_ext.cli.app import app
 
 DOCUMENT = "\n\n".join(f"Paragraph {i} speaks of the number {i * i} and of nothing else." for i in range(60))

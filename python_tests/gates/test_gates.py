@@ -84,11 +84,26 @@ def other_shape(folder):
     save_file(load_file(path) | {"weight.0": torch.zeros(4, 2, 8, 64)}, path)
 
 
-def not_finite(folder):
+def not_finite(name):
+    def damage(folder):
+        path = folder / "smartkv_gates.safetensors"
+        tensors = load_file(path)
+        tensors[name].view(-1)[0] = torch.nan
+        save_file(tensors, path)
+
+    return damage
+
+
+def flip_bytes(folder):
+    """A header that claims more than there is."""
     path = folder / "smartkv_gates.safetensors"
-    tensors = load_file(path)
-    tensors["bias.0"][0, 0, 0] = torch.nan
-    save_file(tensors, path)
+    content = bytearray(path.read_bytes())
+    content[:8] = (1 << 40).to_bytes(8, "little")
+    path.write_bytes(content)
+
+
+def empty(folder):
+    (folder / "smartkv_gates.safetensors").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +112,13 @@ def not_finite(folder):
         (truncate, "is damaged or not a safetensors file"),
         (foreign, "is damaged or not a safetensors file"),
         (other_shape, "does not belong to its smartkv_config.json"),
-        (not_finite, "must be finite numbers"),
+        (flip_bytes, "is damaged or not a safetensors file"),
+        (empty, "is damaged or not a safetensors file"),
+        (not_finite("bias.0"), "must be finite numbers"),
+        (not_finite("sketch"), "sketch must be finite numbers"),
+        (not_finite("quantiles"), "quantiles must be finite numbers"),
+        (edit_config(format_version="1"), "has format_version 1; this"),
+        (edit_config(format_version=0), "has format_version 0; this"),
         (edit_config(format_version=2), "has format_version 2; this smartkv_ext reads up to 1"),
         (edit_config(smartkv_type="adapter"), "does not describe gates"),
         (edit_config(kind="huge"), "kind must be one of compact, regression, binary; got 'huge'"),

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,11 +49,21 @@ def read_recipe(recipe: Path, model: str | None, sources: list[str] | None = Non
         raise UsageError(first_line(error)) from error
 
 
+@contextmanager
+def told() -> Iterator[None]:
+    """A step's ValueError, or a file that cannot be read or written, in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise CliError(first_line(error)) from error
+
+
 @app.command()
 @command
 def explore(out: Out, recipe: RecipeName = Path("small"), model: ModelName = None, pieces: int = 4) -> None:
     """Attention statistics of a model per layer and head, with a picture."""
-    rows = step("explore").explore(read_recipe(recipe, model), out, pieces)
+    with told():
+        rows = step("explore").explore(read_recipe(recipe, model), out, pieces)
     typer.echo(f"{len(rows)} heads: {out / 'heads.csv'}, {out / 'heads.png'}")
 
 
@@ -63,7 +75,8 @@ def collect(
     seconds: Annotated[float, typer.Option(help="Stop after about this long; a later call goes on.")] = float("inf"),
 ) -> None:  # fmt: skip
     """Pre-RoPE keys and attention targets of a model, as resumable shards."""
-    left = step("collect").collect_shards(read_recipe(recipe, model, text), out, seconds)
+    with told():
+        left = step("collect").collect_shards(read_recipe(recipe, model, text), out, seconds)
     typer.echo(f"{left} shards are still to be made" if left else f"{out} is complete")
 
 
@@ -79,10 +92,8 @@ def train(
     """Collect, train, evaluate and export gates for a model. Goes on where it was stopped."""
     chosen = read_recipe(Path("small") if small else recipe, model, text)
     folder = out or Path("runs") / Path(chosen.model).name
-    try:
+    with told():
         result = step("pipeline").run(chosen, folder)
-    except ValueError as error:
-        raise CliError(first_line(error)) from error
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -96,12 +107,14 @@ def train(
 
 @app.command()
 @command
-def evaluate(gates: Gates, data: Data, out: Out, split: str = "valid") -> None:
+def evaluate(
+    gates: Gates, data: Data, out: Out, split: str = "valid",
+    threshold: Annotated[float | None, typer.Option(help="Attention that matters. Default: the recipe's.")] = None,
+) -> None:  # fmt: skip
     """AUC, sensitivity, specificity, calibration of every head, with pictures; calibrates the gates in place."""
-    try:
-        result = step("evaluate").evaluate_gates(gates, data, out, split)
-    except ValueError as error:
-        raise CliError(first_line(error)) from error
+    changes = {} if threshold is None else {"threshold": threshold}
+    with told():
+        result = step("evaluate").evaluate_gates(gates, data, out, split, **changes)
     result.pop("rows")
     typer.echo(json.dumps(result))
 
@@ -112,10 +125,8 @@ def export(
     gates: Gates, out: Out, push: Annotated[str | None, typer.Option(help="Hub id to upload to as well.")] = None
 ) -> None:
     """Write gates for use, and upload them if a hub id is given."""
-    try:
+    with told():
         made = step("export").export_gates(gates, out)
-    except ValueError as error:
-        raise CliError(first_line(error)) from error
-    typer.echo(f"{out}: {made.num_parameters:,} parameters")
-    if push:
-        typer.echo(made.push_to_hub(push))
+        typer.echo(f"{out}: {made.num_parameters:,} parameters")
+        if push:
+            typer.echo(made.push_to_hub(push))

@@ -92,7 +92,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("smartkv_type") != TYPE:
         raise ValueError(f"{str(path)!r} does not describe gates: its smartkv_type must be {TYPE!r}")
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"{str(path)!r} has format_version {version}; this smartkv_ext reads up to {FORMAT_VERSION}")
     missing = {"model", "kind", "inputs", "linear_layers", "shapes", "info"} - set(config)
     if missing:

@@ -11,7 +11,7 @@ import torch
 from smartkv_ext import ops
 
 from . import files
-from .model import MIN_COSINE, ModelFacts, sketch_cosine
+from .model import MIN_COSINE, SKETCH_SIZE, ModelFacts, sketch_cosine
 
 KINDS = ("compact", "regression", "binary")
 INPUTS = ("key", "key_value")
@@ -85,9 +85,12 @@ class Gates:
         for name, x, shape in (
             ("quantiles", self.quantiles, (NUM_QUANTILES,)), ("layer_shares", self.layer_shares, stack[:1]),
             ("decay", self.decay, stack), ("calibration", self.calibration, (*stack, 2)),
+            ("sketch", self.sketch, (stack[0], SKETCH_SIZE)),
         ):  # fmt: skip
             if x is not None and x.shape != shape:
                 raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
+            if x is not None and not bool(x.isfinite().all()):
+                raise ValueError(f"{name} must be finite numbers")
         if self.calibration is not None and not bool((self.calibration[..., 0] > 0).all()):
             raise ValueError("calibration must have slopes above 0")
 
