@@ -39,7 +39,10 @@ BATCH, EPOCHS, RATE = 512, 20, 1e-3
 
 @dataclass(frozen=True)
 class Table(Policy):
-    """Scores that were computed beforehand, less the decay with age: scores (layers, num_kv_heads, n)."""
+    """Scores that were computed beforehand, less what heads forget with age.
+
+    scores (layers, num_kv_heads, n); decay (layers, num_kv_heads), None: nothing is forgotten.
+    """
 
     name: ClassVar[str] = "table"
     compares_heads: ClassVar[bool] = True
@@ -47,10 +50,12 @@ class Table(Policy):
     decay: torch.Tensor | None = None
 
     def score(self, view: TokenView) -> torch.Tensor:
-        assert self.scores is not None and self.decay is not None
+        assert self.scores is not None
         index = view.positions.clamp(0, self.scores.shape[2] - 1).long()[:, None]
         found = self.scores[view.layer_idx][None].expand(len(index), -1, -1)
         found = found.gather(2, index.expand(-1, found.shape[1], -1))
+        if self.decay is None:
+            return found
         fall = torch.log1p((view.seen - view.positions[:, None]) / NEAR)
         return found - self.decay[view.layer_idx][:, None] * fall
 
