@@ -4,7 +4,8 @@ python -m training.evaluate --gates runs/smollm2/gates --data runs/smollm2/shard
 
 Label: attention above ``threshold`` from a query more than ``horizon`` tokens later. Scores become probabilities by a
 logistic map per head (Platt; a temperature and an offset), fitted on the even pieces of text; everything is measured on
-the odd ones. The map is written into the gate file, so that a policy can ask for a probability.
+the odd ones. The map and the quantiles of the scores are written into the gate file, so that a policy can ask for a
+probability or a retention.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, f1_score,
 
 from bench.output import show
 from smartkv_ext.gates import Gates
+from smartkv_ext.gates.gates import score_quantiles
 
 from .dataset import TokenSet
 from .plots import draw_all
@@ -45,6 +47,7 @@ class Measured:
     probabilities: numpy.ndarray[Any, Any]
     target: numpy.ndarray[Any, Any]
     calibration: torch.Tensor  # (heads, 2)
+    quantiles: torch.Tensor  # of the scores of all pieces
     isotonic_error: list[float]
 
 
@@ -78,7 +81,8 @@ def measure(gates: Gates, tokens: TokenSet, recipe: Recipe) -> Measured:
     far = tokens.positions < tokens.length - recipe.horizon - tokens.length // 8
     even = (tokens.pieces % 2 == 0).numpy()
     label = (tokens.targets[label_name] > numpy.log(recipe.threshold)).numpy()
-    scores = scores_of(gates, tokens).numpy()
+    found = scores_of(gates, tokens)
+    scores = found.numpy()
     fit, test = even & far.numpy(), ~even & far.numpy()
     maps = [platt(s[fit], y[fit]) for s, y in zip(scores, label, strict=True)]
     probabilities = numpy.stack([1 / (1 + numpy.exp(-(a * s + b))) for s, (a, b) in zip(scores, maps, strict=True)])
@@ -90,8 +94,9 @@ def measure(gates: Gates, tokens: TokenSet, recipe: Recipe) -> Measured:
     ]
     target = tokens.target(recipe).numpy()
     return Measured(
-        label[:, test], scores[:, test], probabilities[:, test], target[:, test], torch.tensor(maps), isotonic
-    )
+        label[:, test], scores[:, test], probabilities[:, test], target[:, test], torch.tensor(maps),
+        score_quantiles(found), isotonic,
+    )  # fmt: skip
 
 
 def head_rows(found: Measured, num_kv_heads: int, regression: bool) -> list[dict[str, Any]]:
@@ -148,6 +153,7 @@ def evaluate_gates(folder: Path, data: Path, out: Path, split: str = "valid", **
     (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     draw_all(found, rows, gates, folder / "loss.csv", out)
     gates.calibration = found.calibration.float().unflatten(0, (gates.model.num_layers, gates.model.num_kv_heads))
+    gates.quantiles = found.quantiles
     gates.save_pretrained(folder)
     return result | {"rows": rows}
 

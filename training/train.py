@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy
 import torch
 import typer
 from safetensors import safe_open
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from bench.models import load
 from smartkv_ext.gates import Gates, ModelFacts
-from smartkv_ext.gates.gates import NUM_QUANTILES
+from smartkv_ext.gates.gates import score_quantiles
 from smartkv_ext.hf.gate_check import sketch_of
 
 from .dataset import TokenSet, wanted_targets
@@ -197,8 +196,7 @@ class Trainer:
     def gates(self, facts: ModelFacts, sketch: torch.Tensor, info: dict[str, Any]) -> Gates:
         """What was learned, with the quantiles of its scores on the valid split."""
         weights, biases = self.model.cpu().folded((facts.num_layers, facts.num_kv_heads))
-        scores = self.outputs(self.valid_inputs.cpu()).flatten().double()
-        quantiles = torch.from_numpy(_quantiles(scores))
+        quantiles = score_quantiles(self.outputs(self.valid_inputs.cpu()))
         return Gates(
             weights, biases, facts, self.recipe.kind, self.recipe.inputs, sketch, quantiles,
             info=info | {"recipe": asdict(self.recipe), "valid_loss": self.best.mean().item(), "epochs": self.epoch},
@@ -208,10 +206,6 @@ class Trainer:
 def nn_bce(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """BCEWithLogits, element by element."""
     return torch.nn.functional.binary_cross_entropy_with_logits(out, target, reduction="none")
-
-
-def _quantiles(scores: torch.Tensor) -> Any:
-    return numpy.quantile(scores.numpy(), numpy.linspace(0, 1, NUM_QUANTILES)).astype("float32")
 
 
 def _metadata(path: Path) -> dict[str, str]:

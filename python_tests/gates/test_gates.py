@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from smartkv_ext import reference
 from smartkv_ext.gates import Gates, ModelFacts, key_sketch, shipped_gates
+from smartkv_ext.gates.lookup import FOLDER
 from smartkv_ext.gates.model import sketch_cosine
 from smartkv_ext.hf.gate_check import sketch_of
 
@@ -160,3 +161,13 @@ def test_sketches_see_through_noise_and_tell_models_apart():
 def test_a_model_without_shipped_gates_is_told_so():
     with pytest.raises(ValueError, match="no gates for this model come with the package"):
         shipped_gates(facts())
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
+def test_shipped_gates_are_whole_and_found_by_their_model(folder):
+    gates = Gates.from_pretrained(folder)
+    assert shipped_gates(gates.model).source == str(folder)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+    assert all(x is not None for x in (gates.sketch, gates.decay, gates.quantiles, gates.calibration))
+    assert (gates.quantiles.diff() >= 0).all() and (gates.decay >= 0).all()
+    assert "/" not in json.dumps(gates.info), "no path of the machine that trained them"

@@ -114,3 +114,13 @@ def test_planted_fact_on_qwen(qwen):
             answers.append(tokenizer.decode(out[0, head.shape[1] + tail.shape[1] :], skip_special_tokens=True))
     assert "4817" in answers[0]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen"])
+def test_shipped_gates(name, request):
+    """policy="gate" finds the gates of the model, and an eighth of the bytes serves better than with random choice."""
+    model, tokenizer = request.getfixturevalue(name)
+    settings = [dict(budget=0.125, policy=policy) for policy in ("gate", "random")]
+    gate, chance = divergences(model, tokenizer, settings)
+    print(f"KL at 1/8: gate {gate:.4f}, random {chance:.4f}")
+    assert gate < 0.6 * chance

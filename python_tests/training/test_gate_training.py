@@ -14,7 +14,7 @@ from training import collect, targets
 from training.collect import collect_shards, plan
 from training.dataset import TokenSet
 from training.decay import measure_decay
-from training.evaluate import calibration_error, evaluate_gates, platt
+from training.evaluate import calibration_error, evaluate_gates, platt, scores_of
 from training.explore import explore
 from training.export import export_gates
 from training.pipeline import run
@@ -222,7 +222,12 @@ def test_gates_of_keys_and_values(recipe, shards, tmp_path):
     chosen = replace(recipe, inputs="key_value", weighted=True, loss="huber", epochs=1)
     made = train_gates(chosen, shards, tmp_path / "gates", quiet=True)
     assert made.input_size == 128
+    made.quantiles = None
+    made.save_pretrained(tmp_path / "gates")
     evaluate_gates(tmp_path / "gates", shards, tmp_path / "evaluation")
+    calibrated, tokens = Gates.from_pretrained(tmp_path / "gates"), TokenSet.load(shards, "valid", [], "key_value")
+    reached = (scores_of(calibrated, tokens) >= calibrated.threshold(0.3)).float().mean()
+    assert reached == pytest.approx(0.3, abs=0.01)
     assert export_gates(tmp_path / "gates", tmp_path / "out").inputs == "key_value"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from smartkv_ext import ops
@@ -16,6 +17,12 @@ from .model import MIN_COSINE, SKETCH_SIZE, ModelFacts, sketch_cosine
 KINDS = ("compact", "regression", "binary")
 INPUTS = ("key", "key_value")
 NUM_QUANTILES = 257
+
+
+def score_quantiles(scores: torch.Tensor) -> torch.Tensor:
+    """``quantiles`` of Gates, from scores of any shape. torch.quantile takes 16 million of them at most."""
+    steps = numpy.linspace(0, 1, NUM_QUANTILES)
+    return torch.from_numpy(numpy.quantile(scores.flatten().double().numpy(), steps)).float()
 
 
 class Gates:
