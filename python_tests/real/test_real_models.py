@@ -71,7 +71,7 @@ def divergences(model, tokenizer, settings, prefill=2048, tokens=256):
         full = model(ids[:, prefill:], past_key_values=cache).logits[0].log_softmax(-1)
         with smartkv_ext.patch(model):
             for setting in settings:
-                cache = SmartKVCache(model.config, budget=None, policy="full", **setting)
+                cache = SmartKVCache(model.config, **({"budget": None, "policy": "full"} | setting))
                 model(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
                 ours = model(ids[:, prefill:], past_key_values=cache).logits[0].log_softmax(-1)
                 results.append((full.exp() * (full - ours)).sum(-1).mean().item())
