@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .recipe import Recipe
 
@@ -42,7 +43,7 @@ class TokenSet:
         names = ("keys", "values") if inputs == "key_value" else ("hidden",) if inputs == "hidden" else ("keys",)
         parts, found, positions, pieces = [], [], [], []
         for number, path in enumerate(paths):
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 missing = {*names, *targets} - set(file.keys())
                 if missing:
                     raise ValueError(f"{str(path)!r} has no {', '.join(sorted(missing))}: collect it by the recipe")
@@ -69,6 +70,16 @@ class TokenSet:
             return torch.ones_like(self.positions, dtype=torch.bool)
         horizon = int(recipe.target.rsplit("_", 1)[1])
         return self.positions < self.length - horizon - self.length // 8
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard. Raises ValueError if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"shard {str(path)!r} is damaged: delete it and collect again ({error})") from error
 
 
 def wanted_targets(recipe: Recipe) -> list[str]:

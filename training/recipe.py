@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+_NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "int | None": (int, type(None))}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Recipe:
     patience: int = 4  # epochs without a better validation loss
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in _NUMBERS and not isinstance(value, _NUMBERS[f.type]):
+                raise ValueError(f"{f.name} must be {f.type}; got {value!r}")
         for name, accepted in (
             ("kind", ("compact", "regression", "binary")), ("inputs", ("key", "key_value")), ("loss", ("mse", "huber")),
         ):  # fmt: skip
@@ -69,10 +77,16 @@ class Recipe:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
         except yaml.YAMLError as error:
             raise ValueError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
-        known = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or set(content) - known:
-            unknown = sorted(map(str, set(content) - known)) if isinstance(content, dict) else type(content).__name__
+        known = {f.name: f.type for f in fields(cls)}
+        if not isinstance(content, dict) or set(content) - set(known):
+            unknown = (
+                sorted(map(str, set(content) - set(known))) if isinstance(content, dict) else type(content).__name__
+            )
             raise ValueError(f"recipe {str(path)!r} must be a mapping of {', '.join(sorted(known))}; got {unknown}")
+        for name, value in content.items():  # YAML 1.1 takes 5e-3 for a word
+            if known[name] == "float" and isinstance(value, str):
+                with suppress(ValueError):
+                    content[name] = float(value)
         return cls(**(content | changes))
 
     def data(self) -> dict[str, Any]:

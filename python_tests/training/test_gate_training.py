@@ -257,10 +257,22 @@ def test_recipes_say_what_is_wrong(tmp_path):
         ("bananas: 1", r"got \['bananas'\]"),
         ("[1", "is not YAML"),
         ("epochs: 0", "epochs must be at least 1; got 0"),
+        ("epochs: many", "epochs must be int; got 'many'"),
+        ("learning_rate: fast", "learning_rate must be float; got 'fast'"),
     ):
         path = tmp_path / "r.yaml"
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             Recipe.load(path)
-    with pytest.raises(ValueError, match="does not exist"):
+    path.write_text("learning_rate: 5e-3")
+    assert Recipe.load(path).learning_rate == 0.005
+    with pytest.raises(ValueError, match=r"none.yaml' does not exist: name a YAML file, or one of qwen"):
         Recipe.load(tmp_path / "none.yaml")
+
+
+def test_a_damaged_shard_is_named(shards, tmp_path):
+    whole = shards / "valid-00009.safetensors"
+    (tmp_path / "dataset.json").write_bytes((shards / "dataset.json").read_bytes())
+    (tmp_path / whole.name).write_bytes(whole.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"valid-00009.safetensors' is damaged: delete it and collect again"):
+        TokenSet.load(tmp_path, "valid", ["recon_sum"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -86,7 +87,7 @@ class Gate(Policy):
         facts = ModelFacts.from_config(config)
         gates = shipped_gates(facts) if self._bound is None else self._bound
         gates.check_model(facts)
-        made = replace(self)
+        made = copy.copy(self)  # replace() would read the file again
         made._bind(gates)
         return made
 
