@@ -9,12 +9,14 @@ for real queries, keys and values; calibration sees another text.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from bench.key_maps import full_map, pair_map
 from bench.models import load
 from bench.output import show
 from bench.quantizers import KEYS, VALUES, Calibration, Tensors, is_offered
@@ -32,27 +34,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
-def power(x: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Symmetric positive matrices (..., n, n) to a power; eigenvalues are kept away from zero."""
-    values, vectors = torch.linalg.eigh(x)
-    values = values.clamp(min=values.amax(-1, keepdim=True) * 1e-6) ** exponent
-    out: torch.Tensor = vectors @ (values[..., None] * vectors.mT)
-    return out
-
-
 def calibrate(layer: Any, bias: torch.Tensor) -> Calibration:
-    """Mean key, and the map A with A^T A = Cq^1/2 (Cq^1/2 Ck Cq^1/2)^-1/2 Cq^1/2, the least expected score error for
-    isotropic noise (docs/design/quality.md); Ck and Cq are second moments of centred keys and of a group's queries."""
-    k, heads = layer.k[0].double(), layer.k.shape[1]
-    mean = k.mean(1)
-    centred = k - mean[:, None]
-    q = layer.q[0].double().unflatten(0, (heads, -1)).flatten(1, 2)
-    key_moment = centred.mT @ centred / centred.shape[1]
-    root = power(q.mT @ q / q.shape[1], 0.5)
-    gram = root @ power(root @ key_moment @ root, -0.5) @ root
-    key_map = power(gram, 0.5)
-    key_map = key_map / torch.linalg.det(key_map).abs().pow(1 / k.shape[-1])[:, None, None]
-    return Calibration(mean.float(), key_map.float(), bias)
+    """Mean key and maps of another text."""
+    q, k = layer.q[0], layer.k[0]
+    return Calibration(k.float().mean(1), full_map(q, k), pair_map(q, k), bias)
 
 
 def rotary(model: Any, length: int) -> Any:
@@ -83,12 +68,14 @@ def layers(model: Any, test: Recording, calibration: Recording, every: int) -> l
     return out
 
 
-def errors(found: list[Tensors], bits: int, queries: int, sinks: int) -> list[dict[str, Any]]:
+def errors(
+    found: list[Tensors], bits: int, queries: int, sinks: int, chosen: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """A row per method and side."""
     rows = []
     for side, methods in (("keys", KEYS), ("values", VALUES)):
         for name, quantize in methods.items():
-            if not is_offered(name, bits):
+            if not is_offered(name, bits) or not (chosen is None or name in chosen):
                 continue
             each, size = [], 0.0
             for layer in found:
@@ -101,7 +88,8 @@ def errors(found: list[Tensors], bits: int, queries: int, sinks: int) -> list[di
                 each.append(((ours - truth).norm() / truth.norm()).item())
             worst = max(each)
             mean = sum(each) / len(each)
-            rows.append({"of": side, "method": name, "bits": bits, "true bits": size, "error": mean, "worst": worst})
+            row = {"of": side, "method": name, "bits": bits, "true bits": size, "error": mean, "worst": worst}
+            rows.append(row | {"each": each})
     return rows
 
 
@@ -114,6 +102,7 @@ def main(
     queries: Annotated[int, typer.Option(help="last queries that judge")] = 256,
     every: Annotated[int, typer.Option(help="take one layer of so many")] = 3,
     bits: list[int] = [4, 3, 2],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="none: all of bench/quantizers.py")] = [],  # noqa: B006
     sinks: Annotated[int, typer.Option(help="first tokens that stay exact")] = 0,
     recordings: Annotated[Path | None, typer.Option(help="folder for the two prefills")] = None,
 ) -> None:
@@ -133,10 +122,11 @@ def main(
             if path is not None:
                 found[-1].save(path)
         captured = layers(network, *found, every)
-    rows = [row for b in bits for row in errors(captured, b, queries, sinks)]
+    rows = [row for b in bits for row in errors(captured, b, queries, sinks, method or None)]
     seconds = time.process_time() - start
     title = f"{Path(model).name} {dtype}: attention output error, {tokens} tokens, last {queries} queries"
-    show(title, rows, {"tokens": tokens, "sinks": sinks, "cpu_seconds": seconds, "rows": rows})
+    table = [{name: x for name, x in row.items() if name != "each"} for row in rows]
+    show(title, table, {"tokens": tokens, "sinks": sinks, "cpu_seconds": seconds, "rows": rows})
 
 
 if __name__ == "__main__":

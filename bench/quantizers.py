@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from bench.key_maps import full_map, pair_map, through
 from smartkv_ext.eval.simulated import affine
 from smartkv_ext.reference.hadamard import rotate
-from smartkv_ext.reference.levels import level_table
-from smartkv_ext.reference.quantizer import decode, encode
+from smartkv_ext.reference.levels import gaussian_unit, level_table
+from smartkv_ext.reference.quantizer import FITS, decode, encode
 
 PAGE = 64
 FP16 = 16
@@ -24,11 +25,12 @@ FP16 = 16
 
 @dataclass
 class Calibration:
-    """What another text has taught, per KV head: mean key (heads, head_dim), map and its inverse transpose
-    (heads, head_dim, head_dim), the known bias of the key projection (heads, head_dim)."""
+    """What another text has taught, per KV head: mean key (heads, head_dim), a full map and one of channel pairs
+    (heads, head_dim, head_dim; ``key_maps``), the known bias of the key projection (heads, head_dim)."""
 
     mean: torch.Tensor
     key_map: torch.Tensor
+    pair_map: torch.Tensor
     bias: torch.Tensor
 
 
@@ -57,16 +59,17 @@ def codebook(x: torch.Tensor, bits: int, group: int = 0, levels: str = "gaussian
     return rotate(back, inverse=True), bits + FP16 / (group or x.shape[-1])
 
 
-def refined(x: torch.Tensor, bits: int, steps: int = 3) -> tuple[torch.Tensor, float]:
-    """As ``codebook``, with codes and scale fitted to each other a few times (Lloyd's iteration on one scale)."""
+def refined(x: torch.Tensor, bits: int, steps: int = 3, fit: str = "least_squares") -> tuple[torch.Tensor, float]:
+    """As ``codebook``, with codes and least-squares scale fitted to each other ``steps`` times more (Lloyd's iteration
+    on one scale), and then the scale of ``fit`` (reference.quantizer.FITS)."""
     if bits == 8:
         return codebook(x, bits)
     y, table = rotate(x.float()), level_table(bits, "gaussian")
-    _, scale = encode(y, bits, "gaussian")
-    for _ in range(steps):
-        normal = y / scale.float().clamp(min=1e-8)[..., None]
+    scale = y.square().mean(-1).sqrt() * gaussian_unit(bits)
+    for step in range(steps + 1):
+        normal = y / scale.half().float().clamp(min=1e-8)[..., None]
         level = table[torch.bucketize(normal, (table[1:] + table[:-1]) / 2)]
-        scale = (y * level).sum(-1) / level.square().sum(-1)
+        scale = FITS["least_squares" if step < steps else fit](y, level)
     return rotate(level * scale.half().float()[..., None], inverse=True), bits + FP16 / x.shape[-1]
 
 
@@ -142,10 +145,20 @@ def paged(x: torch.Tensor, quantize: Callable[[torch.Tensor], tuple[torch.Tensor
 
 
 def mapped(layer: Tensors, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, float]]) -> Any:
-    """Through the calibrated map and back: reading with A^-T q is the same."""
-    there = layer.calibration.key_map[None]
-    back, bits = quantize((layer.k - layer.calibration.mean[None, :, None]) @ there.mT)
-    return back @ torch.linalg.inv(there).mT + layer.calibration.mean[None, :, None], bits
+    """Through the map of another text, less that text's mean key."""
+    mean = layer.calibration.mean[None, :, None]
+    back, bits = through(layer.k - mean, layer.calibration.key_map, quantize)
+    return back + mean, bits
+
+
+def of_prompt(layer: Tensors, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], judged: int = 256) -> Any:
+    """A map of the text itself, made before the judging queries come."""
+    return make(layer.q[0, :, :-judged], layer.k[0, :, :-judged])
+
+
+def own_mean(k: torch.Tensor, key_map: torch.Tensor, bits: int, steps: int = 0, fit: str = "least_squares") -> Any:
+    """Keys less the text's own mean, mapped, as the ops encode them."""
+    return shifted(k, lambda x: through(x, key_map, lambda y: refined(y, bits, steps, fit)))
 
 
 def before_rope(layer: Tensors, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, float]]) -> Any:
@@ -177,10 +190,20 @@ KEYS: dict[str, Quantizer] = {
     "mean, H, clip searched g32": lambda t, b: shifted(t.k, lambda x: _turned(x, b, clipped)),
     "mean, H, uniform": lambda t, b: shifted(t.k, lambda x: codebook(x, b, levels="uniform")),
     "ours: mean, H, codebook": lambda t, b: shifted(t.k, lambda x: codebook(x, b)),
+    "ours, norm kept": lambda t, b: shifted(t.k, lambda x: refined(x, b, 0, "norm")),
+    "ours, unbiased": lambda t, b: shifted(t.k, lambda x: refined(x, b, 0, "unbiased")),
+    "ours, scale refined once": lambda t, b: shifted(t.k, lambda x: refined(x, b, 1)),
     "ours, scale refined": lambda t, b: shifted(t.k, lambda x: refined(x, b)),
+    "ours, refined, norm kept": lambda t, b: shifted(t.k, lambda x: refined(x, b, 3, "norm")),
+    "ours, refined, unbiased": lambda t, b: shifted(t.k, lambda x: refined(x, b, 3, "unbiased")),
     "ours, g32": lambda t, b: shifted(t.k, lambda x: codebook(x, b, 32)),
     "page mean, H, codebook": lambda t, b: paged(t.k, lambda x: codebook(x, b)),
     "calibrated map, H, codebook": lambda t, b: mapped(t, lambda x: codebook(x, b)),
+    "map, own mean": lambda t, b: own_mean(t.k, t.calibration.key_map, b),
+    "map, own mean, refined, norm kept": lambda t, b: own_mean(t.k, t.calibration.key_map, b, 3, "norm"),
+    "pair map, own mean": lambda t, b: own_mean(t.k, t.calibration.pair_map, b),
+    "map of the prompt": lambda t, b: own_mean(t.k, of_prompt(t, full_map), b),
+    "pair map of the prompt": lambda t, b: own_mean(t.k, of_prompt(t, pair_map), b),
     "map, page mean, H, codebook": lambda t, b: mapped(t, lambda x: paged(x, lambda y: codebook(y, b))),
     "pre-RoPE less bias, H, codebook": lambda t, b: before_rope(t, lambda x: codebook(x, b)),
     "pre-RoPE, page mean, H, codebook": lambda t, b: before_rope(t, lambda x: paged(x, lambda y: codebook(y, b))),
@@ -193,6 +216,9 @@ VALUES: dict[str, Quantizer] = {
     "TurboQuant-style": lambda t, b: turbo(t.v, b),
     "H, uniform": lambda t, b: codebook(t.v, b, levels="uniform"),
     "ours: H, codebook": lambda t, b: codebook(t.v, b),
+    "ours, norm kept": lambda t, b: refined(t.v, b, 0, "norm"),
+    "ours, unbiased": lambda t, b: refined(t.v, b, 0, "unbiased"),
+    "ours, scale refined once": lambda t, b: refined(t.v, b, 1),
     "ours, scale refined": lambda t, b: refined(t.v, b),
     "ours, g32": lambda t, b: codebook(t.v, b, 32),
     "mean, H, codebook": lambda t, b: shifted(t.v, lambda x: codebook(x, b)),

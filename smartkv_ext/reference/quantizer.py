@@ -1,13 +1,13 @@
 """fp32 reference of quantize_kv, dequantize_kv, append_kv and compact_kv.
 
 Encoding of a vector x (key minus the head's mean key, or value): y = H x, code = nearest level of y / scale0, then the
-least-squares scale for those codes, stored as float16. Nothing is shared between records: each can be moved or
+scale fitted to those codes (FITS), stored as float16. Nothing is shared between records: each can be moved or
 demoted alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,9 +17,21 @@ from .levels import gaussian_unit, level_table
 
 FP16_MAX = 65504.0
 
+# Scale of y for its levels x. Least squares shortens y to (1 - D) y on average, D its relative distortion; keys of the
+# right norm and values without that bias lose a fifth less KL (docs/design/quality.md, "The scale").
+FITS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "least_squares": lambda y, x: (y * x).sum(-1) / x.square().sum(-1),
+    "norm": lambda y, x: (y.square().sum(-1) / x.square().sum(-1)).sqrt(),  # |decoded| = |y|
+    "unbiased": lambda y, x: (y.square().sum(-1) / (y * x).sum(-1)).nan_to_num(0.0),  # <y, decoded> = <y, y>
+}
+K_FIT = V_FIT = "least_squares"  # what the kernels do; "norm" and "unbiased" once they follow
 
-def encode(y: torch.Tensor, bits: int, levels: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated vectors y (..., head_dim) float32 -> codes (..., head_dim) int32, scale (...,) float16."""
+
+def encode(y: torch.Tensor, bits: int, levels: str, fit: str = "least_squares") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated vectors y (..., head_dim) float32 -> codes (..., head_dim) int32, scale (...,) float16.
+
+    ``fit`` names one of FITS and matters for Gaussian levels below 8 bits alone.
+    """
     table = level_table(bits, levels).to(y.device)
     if bits == 8:
         scale = y.abs().amax(-1) / 127
@@ -34,8 +46,7 @@ def encode(y: torch.Tensor, bits: int, levels: str) -> tuple[torch.Tensor, torch
     else:
         codes = torch.bucketize(x, (table[1:] + table[:-1]) / 2).int()  # midpoints strictly below x
         if levels == "gaussian":
-            level = table[codes.long()]
-            scale = (y * level).sum(-1) / level.square().sum(-1)
+            scale = FITS[fit](y, table[codes.long()])
     return codes, scale.clamp(max=FP16_MAX).half()
 
 
@@ -96,8 +107,8 @@ def _record(
     record = {"k": k, "v": v, "position": position, "score": score}
     if bits < 16:
         ky, vy = _rotated_kv(k[None], v[None], k_mean)
-        record["k"], record["k_scale"] = (x[0] for x in encode(ky, bits, levels))
-        record["v"], record["v_scale"] = (x[0] for x in encode(vy, bits, levels))
+        record["k"], record["k_scale"] = (x[0] for x in encode(ky, bits, levels, K_FIT))
+        record["v"], record["v_scale"] = (x[0] for x in encode(vy, bits, levels, V_FIT))
     return record
 
 
@@ -130,7 +141,7 @@ def quantize_kv(
         pages[..., layout.v_codes : layout.position].view(v.dtype).copy_(paged(v).flatten(3))
         return pages
     for kind, y in zip("kv", _rotated_kv(k, v, k_mean), strict=True):
-        codes, scale = encode(y, bits, levels)
+        codes, scale = encode(y, bits, levels, K_FIT if kind == "k" else V_FIT)
         start = layout.k_codes if kind == "k" else layout.v_codes
         codes = paged(codes) * valid[..., None]
         pages[..., start : start + layout.v_codes] = pack_codes(codes, bits, kind)
@@ -196,7 +207,7 @@ def _demote(
     out = dict(record)
     for kind in "kv":
         y = decode(record[kind], record[kind + "_scale"], bits, levels)
-        out[kind], out[kind + "_scale"] = encode(y, new_bits, levels)
+        out[kind], out[kind + "_scale"] = encode(y, new_bits, levels, K_FIT if kind == "k" else V_FIT)
     return out
 
 

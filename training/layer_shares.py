@@ -1,0 +1,104 @@
+"""How the bytes of a cache should be split over the layers: a calibration run, written as a policy map.
+
+python -m training.layer_shares --text BOOK.txt --policy snapkv --export shares.json
+smartkv generate --policy shares.json ...
+
+One layer at a time holds its tokens in ``budget`` of its bytes while all others are exact; D_l is the KL divergence
+that this alone costs. With losses that add up over the layers and fall like bytes ** -slope, the least sum under one
+budget has bytes_l ~ D_l ** (1 / (1 + slope)) (Lagrange). Shares stay within 1/4 and 4 of an even split.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench.models import load
+from bench.output import show
+from smartkv_ext import SmartKVCache, patch
+from smartkv_ext.eval.answer import Decoder
+from smartkv_ext.eval.metrics import mean_kl
+from smartkv_ext.eval.recording import Recording, record, replay
+from smartkv_ext.eval.tasks.options import first_tokens, read_text
+from smartkv_ext.policies import get_policy
+
+EXTREME = 4.0  # no layer gets more than this many times an even share, or less than its inverse
+
+
+def shares(losses: torch.Tensor, slope: float) -> torch.Tensor:
+    """losses (layers,) -> (layers,) shares of mean 1."""
+    weight = losses.clamp(min=losses.max() * 1e-4) ** (1 / (1 + slope))
+    found = weight / weight.mean()
+    for _ in range(16):  # clamping moves the mean, and scaling back moves what was clamped
+        found = found.clamp(1 / EXTREME, EXTREME)
+        found = found / found.mean()
+    return found
+
+
+def policy_map(found: torch.Tensor, policy: str) -> dict[str, Any]:
+    """A map in which every layer follows ``policy`` with its share."""
+    rules = [{"layers": i, "policy": policy, "share": round(x, 3)} for i, x in enumerate(found.tolist())]
+    return {"version": 1, "default": policy, "rules": rules}
+
+
+@torch.no_grad()
+def layer_losses(model: Any, tokenizer: Any, recording: Recording, future: torch.Tensor, **arguments: Any) -> Any:
+    """(layers,) KL over the tokens ``future`` (1, n) when one layer alone is compressed as ``arguments`` say."""
+    decoder, start = Decoder(model, tokenizer), recording.num_tokens
+    exact = SmartKVCache(model.config, budget=None, policy="full", window=start + future.shape[1] + 1)
+    replay(recording, exact)
+    packed = SmartKVCache(model.config, **arguments)
+    replay(recording, packed)
+    truth = decoder.log_probabilities(copy.deepcopy(exact), future, start)
+    losses = []
+    for i in range(len(exact.layers)):
+        mixed = copy.deepcopy(exact)
+        mixed.layers[i] = copy.deepcopy(packed.layers[i])
+        losses.append(mean_kl(truth, decoder.log_probabilities(mixed, future, start)))
+    return torch.tensor(losses)
+
+
+def main(
+    text: Annotated[str, typer.Option(help="FILE or FILE@0.5")],
+    export: Annotated[Path, typer.Option(help="policy map to write")],
+    model: str = "smollm2",
+    dtype: str = "float32",
+    policy: Annotated[str, typer.Option(help="what all layers follow; one that reads no keys before RoPE")] = "snapkv",
+    budget: Annotated[float, typer.Option(help="fraction that each layer in turn is given", min=0.01, max=1)] = 0.0625,
+    slope: Annotated[float, typer.Option(help="how loss falls with bytes, as a power", min=0.1)] = 1.0,
+    tokens: int = 4096,
+    future: int = 128,
+    recording: Annotated[Path | None, typer.Option(help="file that keeps the prefill for a next run")] = None,
+) -> None:
+    """Print a row per layer and write the map; last line JSON."""
+    start = time.process_time()
+    if get_policy(policy).needs_pre_rope_keys:
+        raise typer.BadParameter(f"policy must not need keys before RoPE; got {policy!r}")
+    network, tokenizer = load(model, dtype)
+    ids = first_tokens(tokenizer, read_text(text), tokens + future, text)
+    with patch(network):
+        if recording is not None and recording.exists():
+            prefill = Recording.load(recording)
+        else:
+            prefill = record(network, ids[:, :tokens])
+            if recording is not None:
+                prefill.save(recording)
+        losses = layer_losses(network, tokenizer, prefill, ids[:, tokens:], budget=budget, policy=policy)
+    found = shares(losses, slope)
+    content = policy_map(found, policy)
+    get_policy("map", **content).check(len(found), network.config.num_key_value_heads)
+    export.write_text(json.dumps(content, indent=2) + "\n")
+    rows = [{"layer": i, "KL alone": x, "share": y} for i, (x, y) in enumerate(zip(losses, found, strict=True))]
+    rows = [{name: float(x) for name, x in row.items()} for row in rows]
+    result = {"losses": losses.tolist(), "shares": found.tolist(), "cpu_seconds": time.process_time() - start}
+    show(f"{Path(model).name}: what one compressed layer costs at {budget} ({policy})", rows, result)
+
+
+if __name__ == "__main__":
+    typer.run(main)
