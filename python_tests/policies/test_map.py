@@ -100,7 +100,7 @@ def test_bad_rules_are_named(rule, message):
         ("a.yaml", "a: [", "is not YAML"),
         ("a.yaml", "", "must hold a mapping; got NoneType"),
         ("a.json", "[1]", "must hold a mapping; got list"),
-        ("a.json", '{"rule": []}', "must have a name, or default, rules and version; got ['rule']"),
+        ("a.json", '{"rule": []}', "must have a name, or default, rules, shares and version; got ['rule']"),
         ("a.json", '{"rules": "all"}', "rules must be a list; got str"),
         ("a.json", '{"version": 2}', "version must be 1; got 2"),
         ("a.json", '{"name": "evolved", "expression": "1 +"}', "cannot be read"),
@@ -115,7 +115,19 @@ def test_bad_files_are_named(tmp_path, name, text, message):
     assert name in str(error.value)
 
 
+def test_shares_of_layers_and_of_rules_are_multiplied():
+    policy = get_policy("map", shares=[1, 2, 1], rules=[{"layers": 2, "heads": 0, "policy": "keydiff", "share": 0}])
+    policy.check(3, 2)
+    assert [policy.layer_share(i, 3, 2) for i in range(3)] == [6 / 7, 12 / 7, 3 / 7]
+    assert get_policy(policy.spec()) == policy
+    for shares in ([1, -1], "12", [True, 1]):
+        with pytest.raises(ValueError, match="shares must be numbers of at least 0"):
+            get_policy("map", shares=shares)
+
+
 def test_a_map_must_fit_the_model():
+    with pytest.raises(ValueError, match="shares must be 4 for this model; got 2"):
+        get_policy("map", shares=[1, 2]).check(4, 2)
     with pytest.raises(ValueError, match="rule 1: layers must be below 4 for this model; got 7"):
         get_policy("map", rules=[{"layers": [0, 7], "policy": "knorm"}]).check(4, 2)
     with pytest.raises(ValueError, match="some head must have a share above 0"):

@@ -39,7 +39,8 @@ class PolicyMap(Policy):
     A rule is ``{"layers": ..., "heads": ..., "policy": ..., "share": ...}``. Layers and heads are "*" (the default), a
     number, a range "0-4" with both ends, or a list of those. A policy is a name or ``{"name": ..., option: ...}``.
     ``share`` (default 1) weighs the rule's heads where the budget is split over the layers; 0 for heads whose policy
-    never packs a token.
+    never packs a token. ``shares`` weighs whole layers, one number each (training/layer_shares.py measures them); both
+    weights are multiplied.
 
     Heads of one layer compete for its bytes where all of them, streaming heads aside, follow one and the same policy
     and that compares heads; otherwise every head that keeps anything gets as much.
@@ -55,6 +56,7 @@ class PolicyMap(Policy):
     source: ClassVar[str] = "Xiao et al. 2024, DuoAttention (for streaming and retrieval heads)"
     default: str | Policy | Mapping[str, Any] = "keydiff"
     rules: Sequence[Mapping[str, Any]] = ()
+    shares: Sequence[float] = ()
     version: int = 1
     _policies: list[Policy] = field(init=False, compare=False, repr=False, default_factory=list)
 
@@ -63,6 +65,9 @@ class PolicyMap(Policy):
             raise ValueError(f"version must be 1; got {self.version!r}")
         if isinstance(self.rules, (str, Mapping)) or not isinstance(self.rules, Sequence):
             raise ValueError(f"rules must be a list; got {type(self.rules).__name__}")
+        if isinstance(self.shares, str) or not all(_is_share(x) for x in self.shares):
+            raise ValueError(f"shares must be numbers of at least 0, one per layer; got {self.shares!r}")
+        object.__setattr__(self, "shares", tuple(map(float, self.shares)))
         default = get_policy(self.default)
         object.__setattr__(self, "default", default)
         object.__setattr__(self, "rules", tuple(_plain(rule) for rule in self.rules))
@@ -95,7 +100,7 @@ class PolicyMap(Policy):
         if unknown or "policy" not in rule:
             raise ValueError(f"{where} must have a policy and may have layers, heads, share; got {sorted(rule)}")
         share = rule.get("share", 1)
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1e6:
+        if not _is_share(share):
             raise ValueError(f"{where}: share must be a number of at least 0; got {share!r}")
         try:
             policy = get_policy(rule["policy"])
@@ -126,7 +131,9 @@ class PolicyMap(Policy):
                     raise ValueError(
                         f"policy map, rule {number}: {key} must be below {limit} for this model; got {max(numbers)}"
                     )
-        if not any(self._of(i, h)[1] for i in range(num_layers) for h in range(num_kv_heads)):
+        if self.shares and len(self.shares) != num_layers:
+            raise ValueError(f"policy map: shares must be {num_layers} for this model; got {len(self.shares)}")
+        if not any(self._weight(i, num_kv_heads) for i in range(num_layers)):
             raise ValueError("policy map: some head must have a share above 0; all have 0")
 
     def for_model(self, config: Any) -> PolicyMap:
@@ -145,8 +152,12 @@ class PolicyMap(Policy):
         return next(p for p in self._policies if p.scores_keys).score_keys(keys, values, first_layer, head_offset)
 
     def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
-        shares = [sum(self._of(i, h)[1] for h in range(num_kv_heads)) for i in range(num_layers)]
-        return shares[layer_idx] * num_layers / sum(shares)
+        weights = [self._weight(i, num_kv_heads) for i in range(num_layers)]
+        return weights[layer_idx] * num_layers / sum(weights)
+
+    def _weight(self, layer: int, num_kv_heads: int) -> float:
+        of_heads = sum(self._of(layer, h)[1] for h in range(num_kv_heads))
+        return of_heads * (self.shares[layer] if self.shares else 1.0)
 
     def score(self, view: TokenView) -> torch.Tensor:
         out = torch.zeros(view.keys.shape[:3], dtype=torch.float32, device=view.keys.device)
@@ -185,6 +196,10 @@ class PolicyMap(Policy):
         for head in range(count):
             found.setdefault(self._of(layer, offset + head)[0], []).append(head)
         return found
+
+
+def _is_share(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < 1e6
 
 
 def _plain(rule: Any) -> Any:

@@ -61,9 +61,11 @@ def _build(content: Any, path: str, options: dict[str, Any]) -> Policy:
     try:
         if "name" in content:
             return get_policy(content, **options)
-        unknown = set(content) - {"default", "rules", "version"}
+        unknown = set(content) - {"default", "rules", "shares", "version"}
         if unknown:
-            raise ValueError(f"must have a name, or default, rules and version; got {sorted(map(str, unknown))}")
+            raise ValueError(
+                f"must have a name, or default, rules, shares and version; got {sorted(map(str, unknown))}"
+            )
         return POLICIES["map"](**content, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"policy file {path!r}: {error}") from error
