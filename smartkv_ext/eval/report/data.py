@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 Row = dict[str, Any]
@@ -29,8 +30,9 @@ class Summary:
 
 
 def label(spec: str) -> str:
-    """What people read: "snapkv tiers=2,4" for "smartkv policy=snapkv tiers=2,4"."""
-    return spec.removeprefix("smartkv ").replace("policy=", "")
+    """What people read: "snapkv tiers=2,4" for "smartkv policy=snapkv tiers=2,4", and a policy file's name alone."""
+    words = spec.removeprefix("smartkv ").replace("policy=", "").split(" ")
+    return " ".join(PurePath(word).stem if word.endswith((".json", ".yaml")) else word for word in words)
 
 
 def models(rows: Iterable[Row]) -> list[str]:
