@@ -26,6 +26,7 @@ from smartkv_ext.eval.answer import Decoder
 from smartkv_ext.eval.metrics import mean_kl
 from smartkv_ext.eval.recording import Recording, record, replay
 from smartkv_ext.eval.tasks.options import first_tokens, read_text
+from smartkv_ext.gates import Gates
 from smartkv_ext.policies import get_policy
 
 EXTREME = 4.0  # no layer gets more than this many times an even share, or less than its inverse
@@ -76,12 +77,14 @@ def main(
     slope: Annotated[float, typer.Option(help="how loss falls with bytes, as a power", min=0.1)] = 1.0,
     tokens: int = 4096,
     future: int = 128,
+    gates: Annotated[Path | None, typer.Option(help="gate folder that the shares are written into, too")] = None,
     recording: Annotated[Path | None, typer.Option(help="file that keeps the prefill for a next run")] = None,
 ) -> None:
     """Print a row per layer and write the map; last line JSON."""
     start = time.process_time()
-    if get_policy(policy).needs_pre_rope_keys:
-        raise typer.BadParameter(f"policy must not need keys before RoPE; got {policy!r}")
+    asked = get_policy(policy)
+    if asked.needs_pre_rope_keys or asked.scores_keys:
+        raise typer.BadParameter(f"policy must not look at keys before RoPE; got {policy!r}")
     network, tokenizer = load(model, dtype)
     ids = first_tokens(tokenizer, read_text(text), tokens + future, text)
     with patch(network):
@@ -96,6 +99,10 @@ def main(
     content = policy_map(found, policy)
     get_policy("map", **content).check(len(found), network.config.num_key_value_heads)
     export.write_text(json.dumps(content, indent=2) + "\n")
+    if gates is not None:
+        learned = Gates.from_pretrained(gates)
+        learned.layer_shares = found
+        learned.save_pretrained(gates)
     rows = [{"layer": i, "KL alone": x, "share": y} for i, (x, y) in enumerate(zip(losses, found, strict=True))]
     rows = [{name: float(x) for name, x in row.items()} for row in rows]
     result = {"losses": losses.tolist(), "shares": found.tolist(), "cpu_seconds": time.process_time() - start}

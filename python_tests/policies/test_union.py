@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from python_tests.gates.make_gates import random_gates
 from python_tests.hf.tiny import prompts, tiny
 from python_tests.policies.views import make_view, valid
 from smartkv_ext import SmartKVCache, patch
+from smartkv_ext.gates import ModelFacts
 from smartkv_ext.policies import get_policy
 
 
@@ -50,6 +52,28 @@ def test_in_a_cache_and_as_a_specification():
         for i in range(300, 400):
             model(ids[:, i : i + 1], past_key_values=cache)
     assert cache.report().ratio <= 0.25
+
+
+def kept_by_head(positions):
+    """positions (num_kv_heads, tiers, slots) -> {(head, position)}."""
+    return {(head, int(p)) for head, row in enumerate(positions) for p in row[row >= 0]}
+
+
+def test_a_part_with_gates():
+    """A gate that outweighs the other part decides almost alone: only that part's very best token comes first."""
+    model = tiny("qwen2")
+    gate = get_policy("gate", gates=random_gates(ModelFacts.from_config(model.config)), recency=0.0)
+    ids, _ = prompts(1, 300)
+    kept = []
+    with torch.no_grad(), patch(model):
+        for policy in (gate, get_policy("union", parts=(gate, "keydiff"), weights=(1e6, 1))):
+            cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32)
+            model(ids, past_key_values=cache)
+            kept.append([kept_by_head(layer.store.positions()[0]) for layer in cache.layers])
+    for alone, outweighed in zip(*kept, strict=True):
+        assert len(alone) > 50 and len(alone & outweighed) > 0.9 * len(alone)
+    with pytest.raises(ValueError, match="one policy with gates"):
+        get_policy("union", parts=(gate, gate))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ class Union(Policy):
     across heads, else in its head. Ranks need no common scale, so a score of keys and one of attention can share a
     budget: one keeps what is unlike the rest, and may be asked for, the other what is attended to now.
 
-    Records keep the score that they were packed with.
+    Records keep the score that they were packed with. One part may have gates.
 
     Args:
         parts: policies that evict: names, specifications or instances.
@@ -50,7 +50,11 @@ class Union(Policy):
         object.__setattr__(self, "weights", weights)
         for name in ("prefill_queries", "decode_queries"):
             object.__setattr__(self, name, max(getattr(part, name) for part in parts))
-        object.__setattr__(self, "needs_pre_rope_keys", any(part.needs_pre_rope_keys for part in parts))
+        for name in ("needs_pre_rope_keys", "scores_keys"):
+            object.__setattr__(self, name, any(getattr(part, name) for part in parts))
+        if sum(part.scores_keys for part in parts) > 1:
+            raise ValueError("parts may hold one policy with gates; got more")
+        object.__setattr__(self, "shared_bytes", sum(part.shared_bytes for part in parts))
 
     @property
     def _policies(self) -> tuple[Policy, ...]:
@@ -64,6 +68,19 @@ class Union(Policy):
             best = place if best is None else torch.minimum(best, place)
         assert best is not None
         return -best
+
+    def for_model(self, config: Any) -> Union:
+        return replace(self, parts=tuple(part.for_model(config) for part in self._policies))
+
+    def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
+        for part in self._policies:
+            part.check_keys(sketch)
+
+    def score_keys(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], first_layer: int, head_offset: int
+    ) -> torch.Tensor:
+        gate = next(part for part in self._policies if part.scores_keys)
+        return gate.score_keys(keys, values, first_layer, head_offset)
 
     def crop(self, state: dict[str, torch.Tensor], length: int) -> None:
         for part in self._policies:
