@@ -17,7 +17,7 @@ from bench.key_maps import full_map, pair_map, through
 from smartkv_ext.eval.simulated import affine
 from smartkv_ext.reference.hadamard import rotate
 from smartkv_ext.reference.levels import gaussian_unit, level_table
-from smartkv_ext.reference.quantizer import FITS, decode, encode
+from smartkv_ext.reference.quantizer import FITS, K_FIT, V_FIT, decode, encode
 
 PAGE = 64
 FP16 = 16
@@ -49,11 +49,14 @@ class Tensors:
 Quantizer = Callable[[Tensors, int], tuple[torch.Tensor, float]]  # layer, bits -> keys or values, bits per value
 
 
-def codebook(x: torch.Tensor, bits: int, group: int = 0, levels: str = "gaussian") -> tuple[torch.Tensor, float]:
-    """Rotate, nearest level, least-squares fp16 scale per token, or per ``group`` rotated values: as the ops do."""
+def codebook(
+    x: torch.Tensor, bits: int, group: int = 0, levels: str = "gaussian", fit: str = K_FIT
+) -> tuple[torch.Tensor, float]:
+    """Rotate, nearest level, fp16 scale (reference.quantizer.FITS) per token, or per ``group`` rotated values: as the
+    ops do."""
     y = rotate(x.float())
     parts = y if not group else y.unflatten(-1, (-1, group))
-    codes, scale = encode(parts, bits, levels)
+    codes, scale = encode(parts, bits, levels, fit)
     back = decode(codes, scale, bits, levels)
     back = back if not group else back.flatten(-2)
     return rotate(back, inverse=True), bits + FP16 / (group or x.shape[-1])
@@ -176,7 +179,7 @@ def signed(x: torch.Tensor) -> torch.Tensor:
 
 def turbo(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
     """Random rotation, Gaussian codebook, norm per token, no mean (Zandieh et al. 2025, without its residual bit)."""
-    back, size = codebook(x * signed(x), bits)
+    back, size = codebook(x * signed(x), bits, fit="least_squares")
     return back * signed(x), size
 
 
@@ -215,13 +218,13 @@ VALUES: dict[str, Quantizer] = {
     "per token g32, clip searched": lambda t, b: clipped(t.v, b),
     "TurboQuant-style": lambda t, b: turbo(t.v, b),
     "H, uniform": lambda t, b: codebook(t.v, b, levels="uniform"),
-    "ours: H, codebook": lambda t, b: codebook(t.v, b),
+    "ours: H, codebook": lambda t, b: codebook(t.v, b, fit=V_FIT),
     "ours, norm kept": lambda t, b: refined(t.v, b, 0, "norm"),
     "ours, unbiased": lambda t, b: refined(t.v, b, 0, "unbiased"),
     "ours, scale refined once": lambda t, b: refined(t.v, b, 1),
     "ours, scale refined": lambda t, b: refined(t.v, b),
-    "ours, g32": lambda t, b: codebook(t.v, b, 32),
-    "mean, H, codebook": lambda t, b: shifted(t.v, lambda x: codebook(x, b)),
+    "ours, g32": lambda t, b: codebook(t.v, b, 32, fit=V_FIT),
+    "mean, H, codebook": lambda t, b: shifted(t.v, lambda x: codebook(x, b, fit=V_FIT)),
     "quanto g64": lambda t, b: of_backend(t.v, b, "quanto"),
     "hqq g64": lambda t, b: of_backend(t.v, b, "hqq"),
 }

@@ -123,7 +123,7 @@ SMARTKV_INLINE F vabs(F x) { return as_float(as_int(x) & splat(INT32_MAX)); }
 // K and V of a token are encoded side by side: alone, each would wait for its own sums and
 // divisions.
 struct Token {
-  const float* at[2];
+  const float* at[2];  // K, V
 };
 struct TokenCodes {
   Codes at[2];
@@ -145,24 +145,34 @@ SMARTKV_INLINE float max_magnitude(const float* y, int count) {
   return hmax(top);
 }
 
-SMARTKV_INLINE float root_mean_square(const float* y, int count) {
+SMARTKV_INLINE float sum_of_squares(const float* y, int count) {
   F sum = splat(0.0f);
   for (int i = 0; i < count; i += 16) {
     F square = load(y + i) * load(y + i);
     keep(square);
     sum = sum + square;
   }
-  return __builtin_sqrtf(hsum(sum) / static_cast<float>(count));
+  return hsum(sum);
 }
 
-// 2, 3 or 4 bits: nearest levels, then the least-squares scale.
+// Scale of a vector for its levels, from the sums of vector^2, vector * level and level^2. Least
+// squares would shorten it: keys keep their norm, values their product with themselves.
+SMARTKV_INLINE float fitted_scale(bool is_v, float power, float product, float square) {
+  if (!is_v) return __builtin_sqrtf(power / square);
+  return product > 0 ? power / product : 0.0f;
+}
+
+// 2, 3 or 4 bits: nearest levels, then the scale that fits them.
 template <int BITS, int HEAD_DIM>
 SMARTKV_INLINE void encode_low(const Encoder& encoder, const Token& y, TokenCodes& out) {
   const bool gaussian = encoder.levels == Levels::GAUSSIAN;
   F inverse[2];
+  float power[2];
   for (int r = 0; r < 2; ++r) {
-    const float scale = gaussian ? root_mean_square(y.at[r], HEAD_DIM) * gaussian_unit(BITS)
-                                 : max_magnitude(y.at[r], HEAD_DIM) / ((1 << BITS) - 1);
+    power[r] = gaussian ? sum_of_squares(y.at[r], HEAD_DIM) : 0.0f;
+    const float scale =
+        gaussian ? __builtin_sqrtf(power[r] / static_cast<float>(HEAD_DIM)) * gaussian_unit(BITS)
+                 : max_magnitude(y.at[r], HEAD_DIM) / ((1 << BITS) - 1);
     out.scale[r] = scale;
     inverse[r] = splat(scale > 0 ? 1 / scale : 0.0f);
   }
@@ -181,7 +191,9 @@ SMARTKV_INLINE void encode_low(const Encoder& encoder, const Token& y, TokenCode
     square[r] = square[r] + chosen * chosen;  // integers below 2^24: exact
   });
   if (!gaussian) return;
-  for (int r = 0; r < 2; ++r) out.scale[r] = hsum(product[r]) / hsum(square[r]);
+  for (int r = 0; r < 2; ++r) {
+    out.scale[r] = fitted_scale(r == 1, power[r], hsum(product[r]), hsum(square[r]));
+  }
 }
 
 template <int HEAD_DIM>

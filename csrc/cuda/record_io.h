@@ -45,8 +45,8 @@ __device__ __forceinline__ int count_below(const float (&m)[COUNT], float x) {
 
 // Codes of the row into `codes`; the scale before it is rounded.
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, const Codebook& book,
-                                            Levels levels, uint8_t* codes) {
+__device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, bool is_v,
+                                            const Codebook& book, Levels levels, uint8_t* codes) {
   constexpr int ROWS = HEAD_DIM / HALF_WARP;
   const int lane = threadIdx.x % HALF_WARP;
   const bool gaussian = BITS < 8 && levels == Levels::GAUSSIAN;
@@ -56,7 +56,8 @@ __device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, const Co
     sum = __fadd_rn(sum, __fmul_rn(y.at[r], y.at[r]));
     top = fmaxf(top, fabsf(y.at[r]));
   }
-  const float mean = sum_lanes<HALF_WARP>(sum) / static_cast<float>(HEAD_DIM);
+  sum = sum_lanes<HALF_WARP>(sum);
+  const float mean = sum / static_cast<float>(HEAD_DIM);
   top = max_lanes<HALF_WARP>(top);
   const float scale = gaussian ? __fmul_rn(sqrtf(mean), gaussian_unit(BITS))
                                : top / (BITS == 8 ? 127 : (1 << BITS) - 1);
@@ -83,7 +84,11 @@ __device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, const Co
     product = sum_lanes<HALF_WARP>(product);
     square = sum_lanes<HALF_WARP>(square);
   }
-  return gaussian ? product / square : scale;
+  if (!gaussian) return scale;
+  // Least squares would shorten the row: keys keep their norm, values their product with
+  // themselves.
+  if (!is_v) return sqrtf(sum / square);
+  return product > 0 ? sum / product : 0.0f;
 }
 
 // The codes of one vector to their bytes in a page, four lanes of a plane at a time.
@@ -125,7 +130,7 @@ __device__ __forceinline__ void write_codes(uint8_t* page, int slot, const Codeb
   const int lane = threadIdx.x % HALF_WARP;
   __syncwarp();  // the record before this one is packed
   codes[HEAD_DIM + lane] = 0;
-  const float scale = encode_row<HEAD_DIM, BITS>(row, book, levels, codes);
+  const float scale = encode_row<HEAD_DIM, BITS>(row, is_v, book, levels, codes);
   __syncwarp();
   pack_codes<HEAD_DIM, BITS>(page + (is_v ? LAYOUT.v_codes : LAYOUT.k_codes), slot, codes);
   if (lane == 0) {

@@ -205,7 +205,7 @@ def assert_same_records(
     y: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
     """Pages (num_pages, page_bytes) are equal byte for byte, except that a code may be the neighbour where y (per kind
-    (num_pages, 64, head_dim)) is at a midpoint, and that the least-squares scale of such a record follows its codes.
+    (num_pages, 64, head_dim)) is at a midpoint, and that the fitted scale of such a record follows its codes.
     Elsewhere a scale may be the next float16, since its sum may be rounded in another order."""
     if torch.equal(ours, expected):
         return

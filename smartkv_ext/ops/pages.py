@@ -31,7 +31,7 @@ def quantize_kv(
         positions: (batch, num_kv_heads, n), int32, logical indices of the tokens.
         scores: (batch, num_kv_heads, n), float32, higher = keep; stored as bfloat16.
         bits: 2, 3, 4, 8 or 16.
-        levels: "gaussian" (Lloyd-Max levels and a least-squares scale) or "uniform".
+        levels: "gaussian" (Lloyd-Max levels, scales that keep the norm of keys and do not shorten values) or "uniform".
 
     Returns:
         (batch, num_kv_heads, ceil(n / 64), page_bytes) uint8. Slots after the last token have position -1.

@@ -24,10 +24,10 @@ FITS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "norm": lambda y, x: (y.square().sum(-1) / x.square().sum(-1)).sqrt(),  # |decoded| = |y|
     "unbiased": lambda y, x: (y.square().sum(-1) / (y * x).sum(-1)).nan_to_num(0.0),  # <y, decoded> = <y, y>
 }
-K_FIT = V_FIT = "least_squares"  # what the kernels do; "norm" and "unbiased" once they follow
+K_FIT, V_FIT = "norm", "unbiased"
 
 
-def encode(y: torch.Tensor, bits: int, levels: str, fit: str = "least_squares") -> tuple[torch.Tensor, torch.Tensor]:
+def encode(y: torch.Tensor, bits: int, levels: str, fit: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotated vectors y (..., head_dim) float32 -> codes (..., head_dim) int32, scale (...,) float16.
 
     ``fit`` names one of FITS and matters for Gaussian levels below 8 bits alone.
