@@ -184,7 +184,7 @@ class _Bench:
         """A rival that cannot do what it is asked gets a row that says so; our own errors are raised."""
         try:
             return self.rows(method)
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             if not method.is_rival:
                 raise
             return [{"kind": "failed", "method": method.spec, "error": " ".join(str(error).split())[:200]}]
