@@ -169,8 +169,9 @@ def test_doctor_names_a_bad_kernel_set():
 def test_interrupt_ends_with_130(folder):
     command = [sys.executable, "-m", "smartkv_ext", "generate", "--model", str(folder), "--document", "-"]
     process = subprocess.Popen(
-        [*command, "--question", "?"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [*command, "--question", "?"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     # It waits for the document: interrupt when imports are behind it, or while they run; both must end the same way.
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=2)
