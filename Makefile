@@ -7,13 +7,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
-.PHONY: demo test cpp-test pytest slow-test lint format bench clean
+.PHONY: demo test cpp-test spills pytest slow-test lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
 	$(BIN)/smartkv demo
 
-test: cpp-test pytest lint
+test: cpp-test spills pytest lint
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ cpp-test: $(VENV)/.torch
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DSMARTKV_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# Registers of the CUDA kernels, from the build of the extension.
+spills: $(VENV)/.built
+	$(BIN)/python csrc/tests/check_spills.py
 
 pytest: $(VENV)/.built
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=15

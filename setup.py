@@ -101,16 +101,21 @@ class NinjaBuild(build_ext):
         n.rule("ar", "rm -f $out && ar rcs $out $in")
         n.rule("link", f"{cxx} -shared -Wl,--exclude-libs,ALL -o $out $in $libs")
         if nvcc:
+            # The log says how many registers each kernel takes: csrc/tests/check_spills.py reads it.
             n.rule(
-                "nvcc", f"{nvcc} {NVCC_FLAGS} {includes} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
-            )
+                "nvcc",
+                f"{nvcc} {NVCC_FLAGS} -Xptxas -v {includes} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1"
+                " || (cat $out.log && false)",
+                depfile="$out.d", deps="gcc",
+            )  # fmt: skip
 
         def objects(pattern, rule="cxx", flags=""):
             built = []
             sources = [s for s in sorted(glob(str(ROOT / pattern))) if nvcc or "/cuda_" not in s]
             for source in sources:
                 name = os.path.relpath(source, ROOT / "csrc").replace("/", "_") + ".o"
-                built += n.build(name, rule, source, variables={"flags": flags})
+                log = [f"{name}.log"] if rule == "nvcc" else None
+                built += n.build(name, rule, source, variables={"flags": flags}, implicit_outputs=log)
             return built
 
         core = n.build("libsmartkv_core.a", "ar", objects("csrc/cpu/*.cpp"))

@@ -126,7 +126,7 @@ __device__ __forceinline__ void copy_record(const PageLayout& layout, uint8_t* t
 }
 
 // Fills the holes of one tier, a warp per record. grid_shape: [blocks, batch * num_kv_heads].
-__global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK)
+__global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 6)
     close_holes_kernel(CompactParams p, Plan plan, int tier) {
   const PagedKV& cache = p.cache;
   const int64_t head = blockIdx.y, list = head * cache.num_tiers + tier;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void demote_record(const PagedKV& cache, int64_t head
 // Encodes what falls to one tier, those of the highest tier first, behind its survivors; then the
 // list has its new length. A warp per record. grid_shape: [blocks, batch * num_kv_heads].
 template <int HEAD_DIM>
-__global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK)
+__global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 2)
     demote_kernel(CompactParams p, Codebooks codebooks, Plan plan, int tier) {
   SMARTKV_SHARED(scratch, CodeScratch[WARPS_PER_BLOCK]);
   SMARTKV_SHARED(books, Codebooks);

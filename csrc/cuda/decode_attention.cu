@@ -262,7 +262,7 @@ __device__ __forceinline__ void for_each_part(const AttentionRun& run, const Uni
 }
 
 // A warp per row: out and lse from the parts. grid_shape: [units * rows_per_block / 4].
-__global__ void __launch_bounds__(ATTENTION_THREADS) merge_parts_kernel(AttentionRun run) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, 8) merge_parts_kernel(AttentionRun run) {
   const DecodeAttentionParams& p = run.p;
   const int head_dim = p.cache.head_dim, lane = threadIdx.x % WARP;
   const int64_t at = int64_t{blockIdx.x} * ATTENTION_WARPS + threadIdx.x / WARP;

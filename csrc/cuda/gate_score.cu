@@ -162,7 +162,7 @@ __device__ __forceinline__ void add_scores(float (&score)[2], const float (&x)[4
 // weights in shared memory: the launches for the others add to the scores.
 // grid_shape: [parts of the tokens, layers * batch * num_kv_heads].
 template <int HEAD_DIM, int HIDDEN>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, HIDDEN > 64 ? 1 : 2)
     gate_score_kernel(GateScoreParams p, KeyViews views, int first_layer, int first_row, int rows) {
   SMARTKV_DYNAMIC_SHARED(shared, unsigned char);
   constexpr int CHUNKS = HEAD_DIM / 16, HIDDEN_CHUNKS = HIDDEN / 16;

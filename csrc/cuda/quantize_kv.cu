@@ -10,6 +10,15 @@ namespace {
 constexpr int WARPS_PER_BLOCK = 8;
 constexpr int THREADS = WARP * WARPS_PER_BLOCK;
 
+// Blocks per multiprocessor that the registers have to suffice for: as many as spill none. Without
+// a number the compiler prefers a few spills to fewer blocks.
+constexpr int quantize_blocks(int head_dim) {
+  return paley_order(head_dim) > 1 ? 2 : head_dim >= 128 ? 3 : 4;
+}
+constexpr int dequantize_blocks(int head_dim) {
+  return paley_order(head_dim) > 1 || head_dim > 128 ? 1 : 2;
+}
+
 // Kernels
 
 // Both pointers 16-byte aligned, bytes a multiple of 16.
@@ -22,7 +31,7 @@ __device__ __forceinline__ void copy_page(uint8_t* to, const uint8_t* from, int6
 // A warp per token, pages of fewer than 16 bits built in shared memory so that they leave in
 // accesses of 16 bytes. grid_shape: [min(batch * num_kv_heads * num_pages, most_blocks())].
 template <int HEAD_DIM, int BITS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, quantize_blocks(HEAD_DIM))
     quantize_kv_kernel(QuantizeParams p, Codebook codebook, int64_t num_pages) {
   SMARTKV_SHARED(scratch, CodeScratch[WARPS_PER_BLOCK]);
   SMARTKV_SHARED(book, Codebook);
@@ -65,7 +74,7 @@ __global__ void __launch_bounds__(THREADS)
 
 // A warp per token. grid_shape: as above.
 template <int HEAD_DIM, int BITS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, dequantize_blocks(HEAD_DIM))
     dequantize_kv_kernel(DequantizeParams p, Codebook codebook) {
   SMARTKV_SHARED(book, Codebook);
   SMARTKV_DYNAMIC_SHARED(image, uint8_t);

@@ -282,7 +282,7 @@ __device__ __forceinline__ int place(const SelectParams& p, const uint32_t* ties
 }
 
 // grid_shape: [groups].
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     select_kv_kernel(SelectParams p, UpgradePath path, unsigned char* workspace,
                      int64_t bytes_of_group) {
   SMARTKV_SHARED(scratch, SortScratch);
