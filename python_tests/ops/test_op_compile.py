@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from op_args import MAKE, decode_args
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from smartkv_ext import ops
 
@@ -39,6 +40,23 @@ def test_compile_decode_attention() -> None:
     assert torch.equal(compiled(args), step(args))
     args["q"] = torch.randn(2, 4, 3, 64)
     assert torch.equal(compiled(args), step(args))
+
+
+def test_compile_decode_attention_over_a_growing_window() -> None:
+    """Two graphs serve all lengths of the window; q_start, an int of the schema, is compiled in."""
+    counter = CompileCounterWithBackend("aot_eager")
+    args = decode_args()
+    rest = {name: args[name] for name in args if "window" not in name}
+
+    def step(k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(ops.decode_attention(**rest, k_window=k, v_window=v, window_positions=positions)[0])
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    for used in (31, 32, 33, 40):  # unlike every other size, which a graph would take for the same
+        kv = torch.randn(2, *args["k_window"].shape[:2], used, 64)
+        now = (*kv, torch.arange(used).int().repeat(2, 1))
+        assert torch.equal(compiled(*now), step(*now))
+    assert counter.frame_count <= 2
 
 
 def test_compile_append() -> None:
