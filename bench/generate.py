@@ -19,11 +19,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from tqdm import tqdm
 
+from bench import options
 from bench.caches import DEFAULT, KINDS, label
 from bench.output import show
+from bench.session import check_device
 from bench.timing import CALM
 
 
@@ -94,7 +97,7 @@ def print_results(title: str, entries: list[dict[str, Any]], json_only: bool) ->
 
 def main(
     contexts: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
-    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id")] = "smollm2",
+    model: Annotated[str, typer.Option(help="smollm2, random, a folder, or a hub id")] = "smollm2",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "float32",
     context: Annotated[list[int], typer.Option(help="tokens before decoding; several may follow")] = [2048],  # noqa: B006
     tokens: Annotated[int, typer.Option(min=4, help="tokens to decode")] = 64,
@@ -104,14 +107,16 @@ def main(
     limit: Annotated[float, typer.Option(help="seconds after which decoding stops early")] = 120.0,
     repeats: Annotated[int, typer.Option(min=1, help="measurements of each, in turns; medians are shown")] = 1,
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    device: options.Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON-lines file to append to and to continue from")] = None,
     json_only: Annotated[bool, typer.Option("--json", help="print the JSON line alone")] = False,
 ) -> None:
     """Print a table, the errors of caches that cannot run here, and one JSON line."""
+    check_device("decode_attention", device)
     shared = {
         "model": model, "dtype": dtype, "tokens": tokens, "chunk": chunk, "policy": policy, "limit": limit,
         "threads": threads,
-    }  # fmt: skip
+    } | ({} if device == "cpu" else {"device": device})  # fmt: skip
     todo = [
         shared | {"context": length, "kind": kind, "repeat": turn}
         for length in dict.fromkeys([*context, *(contexts or [])])
@@ -135,8 +140,9 @@ def main(
                         file.write(json.dumps(entries[-1]) + "\n")
         except KeyboardInterrupt:
             interrupted = True
+    where = f"{threads} threads" if device == "cpu" else torch.cuda.get_device_name()
     if entries:
-        print_results(f"{model} {dtype}, {tokens} tokens decoded, {threads} threads", entries, json_only)
+        print_results(f"{model} {dtype}, {tokens} tokens decoded, {where}", entries, json_only)
     if interrupted:
         again = "the same command continues" if out else "with --out the same command would continue"
         print(f"interrupted: {again}", file=sys.stderr)

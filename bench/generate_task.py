@@ -20,7 +20,7 @@ import smartkv_ext
 from bench.caches import make_cache
 from bench.layer_times import TimedCache, attention_clock
 from bench.models import load, text_ids
-from bench.resident import peak_bytes, settle
+from bench.resident import CudaMemory, ResidentMemory
 from bench.timing import cpu_seconds_of_others
 from smartkv_ext import SmartKVCache
 
@@ -28,12 +28,19 @@ WARM_UP = 96  # tokens
 PROBE = 8  # tokens decoded at the end with clocks around the attention modules
 
 
+def now(device: torch.device) -> float:
+    """Seconds on the clock once all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def prefill(network: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float:
     """Seconds to feed ids (1, n); ``chunk``: tokens per forward, 0: all at once."""
-    start = time.perf_counter()
+    start = now(ids.device)
     for part in ids.split(chunk or ids.shape[1], dim=1):
         network(part, past_key_values=cache, logits_to_keep=1)
-    return time.perf_counter() - start
+    return now(ids.device) - start
 
 
 def decode(network: Any, cache: Any, ids: torch.Tensor, limit: float) -> tuple[list[float], float]:
@@ -44,9 +51,9 @@ def decode(network: Any, cache: Any, ids: torch.Tensor, limit: float) -> tuple[l
     times: list[float] = []
     losses = []
     for i in range(ids.shape[1] - 1):
-        start = time.perf_counter()
+        start = now(ids.device)
         logits = network(ids[:, i : i + 1], past_key_values=cache).logits[0, -1]
-        times.append(time.perf_counter() - start)
+        times.append(now(ids.device) - start)
         losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, i + 1]).item())
         if sum(times) > limit and len(times) >= 4:
             break
@@ -75,12 +82,14 @@ class Task:
     policy: str
     limit: float
     threads: int
+    device: str = "cpu"
 
     def prepare(self, stack: contextlib.ExitStack) -> tuple[Any, torch.Tensor]:
         """(model, ids), the model patched if the cache needs it. A short run has warmed up thread pools and work
         buffers, and backends that compile themselves."""
         network, tokenizer = load(self.model, self.dtype)
-        ids = text_ids(tokenizer, self.context + self.tokens + PROBE + 1)
+        network = network.to(self.device)
+        ids = text_ids(tokenizer, self.context + self.tokens + PROBE + 1).to(self.device)
         if self.kind.startswith("smartkv"):
             stack.enter_context(smartkv_ext.patch(network))
         cache = self.cache(network)
@@ -111,7 +120,7 @@ class Task:
             wall, others = time.perf_counter() - wall, cpu_seconds_of_others() - others
             shares = cache.shares(sum(times)) if isinstance(cache, TimedCache) else {}
             start, attention = self.context + len(times), []
-            for i in range(start, start + PROBE):
+            for i in range(start, start + PROBE) if self.device == "cpu" else ():  # clocks of the host
                 with attention_clock(network) as clock:
                     network(ids[:, i : i + 1], past_key_values=cache)
                 attention.append(clock[0])
@@ -119,7 +128,7 @@ class Task:
             "prefill_tokens_per_s": self.context / prefill_seconds,
             "decode_tokens_per_s": len(times) / sum(times),
             "median_ms": statistics.median(times) * 1e3,
-            "attention_ms": statistics.median(attention) * 1e3,
+            "attention_ms": statistics.median(attention) * 1e3 if attention else None,
             "decoded": len(times),
             "nll": nll,
             "others_cpu": max(others, 0.0) / wall / (os.cpu_count() or 1),
@@ -128,24 +137,27 @@ class Task:
 
     @torch.no_grad()
     def memory(self) -> dict[str, Any]:
-        """Growth of the resident set since before the prefill: peaks, with what malloc holds back, and what stays.
+        """Growth since before the prefill: peaks, and what stays. On a GPU what torch has allocated; on a CPU the
+        resident set, with what malloc holds back.
 
         Freed memory is given back to the system before and after decoding; that makes the next steps slower, so this
         process is not the one that is timed.
         """
         with contextlib.ExitStack() as stack:
             network, ids = self.prepare(stack)
-            before = settle()
+            meter = CudaMemory() if self.device == "cuda" else ResidentMemory()
+            before = meter.settle()
             cache = self.cache(network)
             prefill(network, cache, ids[:, : self.context], self.chunk)
-            prefill_peak = peak_bytes() - before
-            settle()
+            prefill_peak = meter.peak_bytes() - before
+            meter.settle()
             decode(network, cache, self.next_tokens(ids), self.limit)
-            decode_peak = peak_bytes() - before
+            decode_peak = meter.peak_bytes() - before
+            resident = meter.settle() - before
         return {
             "prefill_peak_bytes": prefill_peak,
             "decode_peak_bytes": decode_peak,
-            "resident_bytes": settle() - before,
+            "resident_bytes": resident,
             "held_bytes": held_bytes(cache),
         }
 
@@ -153,5 +165,5 @@ class Task:
 if __name__ == "__main__":
     settings = json.loads(sys.argv[2])
     torch.set_num_threads(settings["threads"])
-    task = Task(**{field.name: settings[field.name] for field in fields(Task)})
+    task = Task(**{field.name: settings[field.name] for field in fields(Task) if field.name in settings})
     print(json.dumps({"speed": task.speed, "memory": task.memory}[sys.argv[1]]()))

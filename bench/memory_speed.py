@@ -14,6 +14,7 @@ from bench.timing import Work, copies_for_cold_cache, medians
 HUGE_PAGE = 1 << 21
 MADV_HUGEPAGE = 14
 BUFFER_BYTES = 1 << 25  # per read: long enough that starting threads costs under 2 %, short enough to take turns with
+CUDA_BUFFER_BYTES = 1 << 29  # as long on a GPU
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, huge_pages: bool) -> torch.Tensor:
@@ -50,18 +51,28 @@ READS: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
 }
 
 
+def copy_within(x: torch.Tensor) -> Callable[[], Any]:
+    """One half onto the other: reads and writes as many bytes together as x has."""
+    to, source = x.view(2, -1).unbind(0)
+    return lambda: to.copy_(source)
+
+
 def ways_to_read(device: torch.device) -> dict[str, Work]:
-    """Reads of cold memory by several kernels of torch, each in pages as torch gives and, where possible, of 2 MB."""
+    """Reads of cold memory by several kernels of torch, each in pages as torch gives and, where possible, of 2 MB; on a
+    GPU also a copy."""
     works = {}
-    for huge in (False, True) if device.type == "cpu" else (False,):
-        shape = (copies_for_cold_cache(BUFFER_BYTES), BUFFER_BYTES // 4)
+    cuda = device.type == "cuda"
+    size = CUDA_BUFFER_BYTES if cuda else BUFFER_BYTES
+    ways = READS | ({"copy": copy_within} if cuda else {})
+    for huge in (False,) if cuda else (False, True):
+        shape = (copies_for_cold_cache(size), size // 4)
         try:
             buffers = empty(shape, torch.float32, device, huge).fill_(1).unbind(0)
         except OSError:  # the small pages are all there is
             continue
-        for name, read in READS.items():
+        for name, read in ways.items():
             calls = [read(buffer) for buffer in buffers]
-            works[f"{name}, 2 MB pages" if huge else name] = Work(calls, BUFFER_BYTES)
+            works[f"{name}, 2 MB pages" if huge else name] = Work(calls, size)
     return works
 
 

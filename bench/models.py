@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from smartkv_ext.cli.models import load_model
+from smartkv_ext.cli.models import DTYPES, load_model
 
 
 def load(name: str, dtype: str) -> tuple[Any, Any]:
-    """(model, tokenizer) by folder, hub id or "smollm2"."""
+    """(model, tokenizer) by folder, hub id or "smollm2"; "random": the shape of Qwen2.5-1.5B, for machines without
+    models, where only times and bytes mean something."""
+    if name == "random":
+        return random_model(torch.bfloat16 if dtype == "auto" else DTYPES[dtype]), letters
     model, tokenizer = load_model(name, dtype)
     return model.eval(), tokenizer
+
+
+def random_model(dtype: torch.dtype) -> Any:
+    """28 layers, 12 query and 2 KV heads of 128."""
+    config = Qwen2Config(
+        vocab_size=32000, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=1 << 17,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def letters(text: str, return_tensors: str) -> SimpleNamespace:
+    """A token per character."""
+    return SimpleNamespace(input_ids=torch.tensor([[ord(x) % 32000 for x in text]]))
 
 
 def text_ids(tokenizer: Any, length: int, path: Path | None = None) -> torch.Tensor:

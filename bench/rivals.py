@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.session import Session
 from bench.timing import Work
@@ -27,6 +32,32 @@ def attention_rivals(
         for label, function in attention_ways(groups).items():
             calls = [lambda q=q, k=k, v=v, f=function: f(q, k, v) for k, v in zip(*kv, strict=True)]
             works[f"{label} {name}"] = Work(calls, kv[0][0].nbytes * 2)
+        if session.device.type == "cuda" and dtype is torch.bfloat16:
+            works |= gpu_rivals(q, list(zip(*kv, strict=True)))
+    return works
+
+
+def gpu_rivals(q: torch.Tensor, kv: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Work]:
+    """Flash attention of torch, and FlashInfer where it is installed and takes the shape: one query of one sequence."""
+
+    def flash(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    found: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"flash bfloat16": flash}
+    if importlib.util.find_spec("flashinfer") and q.shape[0] == q.shape[2] == 1:
+        single = importlib.import_module("flashinfer").single_decode_with_kv_cache
+        found["flashinfer bfloat16"] = lambda k, v: single(
+            q[0, :, 0], k[0], v[0], kv_layout="HND", use_tensor_cores=True
+        )
+    works = {}
+    for name, function in found.items():
+        try:
+            function(*kv[0])
+        except RuntimeError as error:  # not on this GPU, or not for this shape
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        works[name] = Work([partial(function, k, v) for k, v in kv], kv[0][0].nbytes * 2)
     return works
 
 

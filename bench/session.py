@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.memory_speed import cold_copies, fastest_read
+from bench.memory_speed import cold_copies, fastest_read, ways_to_read
 from bench.output import show
 from bench.timing import CALM, Work, calm_medians, copies_for_cold_cache, medians
 from smartkv_ext import ops
@@ -105,10 +105,18 @@ class Session:
             "op": self.op,
             "case": case,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "kernel_set": ops.kernel_set_name(),
+            "kernel_set": ops.kernel_set_name() if self.device.type == "cpu" else "cuda",
             "threads": self.threads,
             "huge_pages": self.huge_pages,
+            **self.copy_speed(),
         }
+
+    def copy_speed(self) -> dict[str, float]:
+        """On a GPU, what copying cold memory reaches, bytes read and written together."""
+        if self.device.type == "cpu":
+            return {}
+        work = ways_to_read(self.device)["copy"]
+        return {"copy_gbps": work.num_bytes / self.median(work) / 1e9}
 
     def show(self, title: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
         """Table, picture and JSON line, as the options ask."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bench import cuda_graphs
+
 COLD_BYTES = 1 << 28  # operands rotate over at least this much memory, far more than any L3 or L2 of a GPU holds
 MAX_COPIES = 256
 TURN = 0.05  # seconds: many calls, so that the median forgets the state that another work left the caches and cores in
@@ -27,10 +29,10 @@ class Work:
     num_bytes: int = 0  # that one call must read and write
     restore: Callable[[int], None] | None = None  # undoes call i, untimed; right after it, so that i is cold next time
 
-    def once(self, turn: int, cuda: bool) -> float:
-        """Seconds of one call."""
+    def once(self, turn: int) -> float:
+        """Seconds of one call on the CPU."""
         i = turn % len(self.calls)
-        seconds = (_cuda_seconds if cuda else _seconds)(self.calls[i])
+        seconds = _seconds(self.calls[i])
         if self.restore is not None:
             self.restore(i)
         return seconds
@@ -75,15 +77,16 @@ def cpu_seconds_of_others() -> float:
 
 def _samples(works: Sequence[Work], seconds: float, device: torch.device) -> list[list[float]]:
     """Seconds of every call of each of ``works``."""
-    cuda = device.type == "cuda"
-    slowest = max(work.once(0, cuda) for work in works)  # the first call of each warms up and is not counted
+    if device.type == "cuda":
+        return cuda_graphs.samples(works, seconds)
+    slowest = max(work.once(0) for work in works)  # the first call of each warms up and is not counted
     enough, total = (3, 0.0) if slowest > SLOW else (5, seconds * len(works))
     times: list[list[float]] = [[] for _ in works]
     while min(map(len, times)) < enough or sum(map(sum, times)) < total:
         for work, spent in zip(works, times, strict=True):
             turn = 0.0
             while turn < min(TURN, seconds):
-                spent.append(work.once(len(spent) + 1, cuda))
+                spent.append(work.once(len(spent) + 1))
                 turn += spent[-1]
     return times
 
@@ -92,12 +95,3 @@ def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _cuda_seconds(call: Callable[[], Any]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

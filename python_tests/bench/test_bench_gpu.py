@@ -1,0 +1,159 @@
+"""What measures on a GPU, as far as a machine without one can tell: the arithmetic around graphs and events, the parts
+of the script, and the page that is made of what its steps leave."""
+
+import contextlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.gpu_report as gpu_report
+from bench import cuda_graphs
+from bench.timing import Work
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_day.sh"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device on which everything between two events takes 6 ms. Captured calls run when their graph is replayed."""
+
+    class Graph:
+        def __init__(self):
+            self.calls = []
+
+        def replay(self):
+            for call in self.calls:
+                call()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    capturing = []
+
+    @contextlib.contextmanager
+    def capture(graph):
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+    def recorded(call):
+        return lambda: capturing[-1].calls.append(call) if capturing else call()
+
+    return recorded
+
+
+def test_several_calls_share_a_graph(gpu):
+    ran = []
+    work = Work([gpu(lambda i=i: ran.append(i)) for i in range(8)])
+    recording = cuda_graphs.Recording(work)
+    assert recording.is_captured
+    ran.clear()
+    spent = [recording.once(turn) for turn in range(3)]
+    assert ran == list(range(8)) and spent == pytest.approx([0.006 / 3, 0.006 / 3, 0.006 / 2])
+
+
+def test_what_must_be_restored_is_measured_alone(gpu):
+    log = []
+    calls = [gpu(lambda i=i: log.append(f"call {i}")) for i in range(3)]
+    recording = cuda_graphs.Recording(Work(calls, restore=lambda i: log.append(f"restore {i}")))
+    log.clear()
+    assert recording.once(4) == pytest.approx(0.006)
+    assert log == ["call 1", "restore 1"]
+
+
+def test_calls_that_cannot_be_captured_are_launched(gpu, monkeypatch):
+    @contextlib.contextmanager
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    ran = []
+    recording = cuda_graphs.Recording(Work([lambda: ran.append(0)]))
+    assert not recording.is_captured
+    assert recording.once(0) == pytest.approx(0.006) and len(ran) == 3
+
+
+def test_works_take_turns(gpu):
+    ran = []
+    works = [Work([gpu(lambda i=i: ran.append(i))]) for i in range(2)]
+    found = cuda_graphs.samples(works, 0.0)
+    assert [len(x) for x in found] == [cuda_graphs.LEAST] * 2
+    assert ran[-4:] == [0, 1, 0, 1]
+
+
+def write_step(folder, name, status, out):
+    (folder / f"{name}.step").write_text(f"{status}\t12\tpython -m something --json\n")
+    (folder / f"{name}.out").write_text(out)
+
+
+def test_page_of_made_results(tmp_path):
+    case = {
+        "bits": 4, "us": 21.5, "floor_us": 8.3, "floor_ratio": 2.59, "gbps": 1660.0, "rivals_us": {"flash": 43.0},
+        "best_torch": "flash", "mix_us": 23.0, "mix_ratio": 1.07,
+    }  # fmt: skip
+    result = {"op": "decode_attention", "case": {"kv_len": 32768}, "copy_gbps": 4300.0, "cases": [case]}
+    write_step(tmp_path, "bench_decode_1x32k", 0, f"noise\n{json.dumps(result)}\n")
+    write_step(tmp_path, "bench_merge", 124, "")
+    write_step(tmp_path, "sanitizer_memcheck", 0, "1 passed")
+    write_step(tmp_path, "sanitizer_racecheck", 7, "1 passed")
+    rows = [
+        {"cache": "SmartKV 0.125", "context": 8192, "decode_tokens_per_s": 50.0},
+        {"cache": "x", "context": 1, "error": "a|b"},
+    ]
+    write_step(tmp_path, "generate", 0, json.dumps({"title": "random bfloat16", "rows": rows}))
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite tests="50" failures="1" errors="0" skipped="2"></testsuite></testsuites>'
+    )
+    found = gpu_report.gather(tmp_path)
+    assert found["tests"] == {"tests": 50, "failures": 1, "errors": 0, "skipped": 2}
+    assert found["steps"]["bench_merge"] == {"command": "python -m something --json", "status": 124, "seconds": 12}
+    page = gpu_report.markdown({"gpu": "H200", "torch": "2.11", "cuda": "13.0", "commit": "abc"}, found)
+    for line in (
+        "| decode_1x32k, 4 bit | 21.5 | 8.3 | 2.59 | 1660 | 4300 |  |  | 43 (flash) |",
+        "| decode_1x32k, 4 bit, ragged, all tiers | 23 |  | x1.07 |  |  |  |  |  |",
+        "| SmartKV 0.125 | 8192 |  | 50 |  |  |",
+        "compute-sanitizer racecheck: **errors**",
+        "Failed: bench_merge (exit status 124), sanitizer_racecheck (exit status 7)",
+        "50 tests, 1 failures, 0 errors, 2 skipped",
+    ):
+        assert line in page.splitlines() or line in page, line
+    widths = {
+        line.count(" | ") for line in page.splitlines() if line.startswith("| decode") or line.startswith("| case")
+    }
+    assert len(widths) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_nothing_is_reported_without_a_gpu(tmp_path):
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu_report.main(tmp_path)
+
+
+def test_script_knows_its_parts():
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    done = subprocess.run([SCRIPT, "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and "build tests sanitizer bench generate" in done.stderr
+
+
+def test_script_calls_benchmarks_that_exist():
+    for line in SCRIPT.read_text().splitlines():
+        if line.startswith("  bench "):
+            assert (SCRIPT.parent / f"{line.split()[2]}.py").is_file(), line
