@@ -276,7 +276,7 @@ class SmartKVLayer(CacheLayerMixin):
             o, _, mass, window_mass = self.attend(part, softmax_scale, True, q_start)
             out.append(o)
             for name in names:
-                self.meter.add(name, mass, self.store)
+                self.meter.add(name, mass)
                 self.window.held(name)[..., 0] += window_mass
         return out[0] if len(out) == 1 else torch.cat(out, 2)
 

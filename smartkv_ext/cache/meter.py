@@ -24,12 +24,17 @@ def meter_names(policy: Policy) -> tuple[str, ...]:
 
 
 def page_meter_bytes(policy: Policy) -> int:
-    """Bytes that measuring adds to every page."""
-    return 4 * PAGE_SIZE * len(meter_names(policy))
+    """Bytes that measuring adds to every page: its sums, and its place in the block table."""
+    names = meter_names(policy)
+    return 4 * PAGE_SIZE * len(names) + 4 * bool(names)
 
 
 class AttentionMeter:
-    """Sums over the pages in use, in the order of the block table: name -> (pages, 64) float32."""
+    """Sums over the pages in use, in the order of the block table: name -> (pages, 64) float32.
+
+    ``pages`` (pages,) int32 are the entries of the flattened block table that name them: with a list that changes only
+    when pages do, a decode step gathers by index and counts nothing, so the host need not wait for the device.
+    """
 
     def __init__(self, policy: Policy, store: PagedStore) -> None:
         self.names = meter_names(policy)
@@ -38,12 +43,18 @@ class AttentionMeter:
 
     def restart(self, store: PagedStore) -> None:
         """Forget everything: the records are about to carry it, or have moved."""
-        pages = int((store.block_table >= 0).sum())
-        self.sums = {name: torch.zeros(pages, PAGE_SIZE, device=store.block_table.device) for name in self.names}
+        self.pages = self._pages_of(store)
+        shape = (len(self.pages), PAGE_SIZE)
+        self.sums = {name: torch.zeros(shape, device=store.block_table.device) for name in self.names}
 
-    def add(self, name: str, mass: torch.Tensor, store: PagedStore) -> None:
+    def _pages_of(self, store: PagedStore) -> torch.Tensor:
+        if not self.names:
+            return store.block_table.new_empty(0)
+        return (store.block_table.flatten() >= 0).nonzero().flatten().int()
+
+    def add(self, name: str, mass: torch.Tensor) -> None:
         """Add the ``mass`` (batch, num_kv_heads, num_tiers, max_pages * 64) of a decode_attention."""
-        self.sums[name] += _by_page(mass, store)
+        self.sums[name] += self._by_page(mass)
 
     def spread(self, name: str, store: PagedStore) -> torch.Tensor:
         """A sum in the shape of ``store.scores()``; 0 in pages that do not exist."""
@@ -56,15 +67,14 @@ class AttentionMeter:
         """``store.index_select``, and the sums follow their records."""
         spread = {name: self.spread(name, store) for name in self.names}
         store.index_select(index)
-        self.sums = {name: _by_page(x.index_select(0, index), store) for name, x in spread.items()}
+        self.pages = self._pages_of(store)
+        self.sums = {name: self._by_page(x.index_select(0, index)) for name, x in spread.items()}
 
     @property
     def nbytes(self) -> int:
-        """What the sums hold."""
-        return sum(x.nbytes for x in self.sums.values())
+        """What the sums and the list of pages hold."""
+        return self.pages.nbytes + sum(x.nbytes for x in self.sums.values())
 
-
-def _by_page(slots: torch.Tensor, store: PagedStore) -> torch.Tensor:
-    """(batch, num_kv_heads, num_tiers, max_pages * 64) -> (pages, 64)."""
-    pages: torch.Tensor = slots.unflatten(3, (-1, PAGE_SIZE))
-    return pages[store.block_table >= 0]
+    def _by_page(self, slots: torch.Tensor) -> torch.Tensor:
+        """(batch, num_kv_heads, num_tiers, max_pages * 64) -> (pages, 64)."""
+        return slots.reshape(-1, PAGE_SIZE).index_select(0, self.pages)

@@ -45,7 +45,8 @@ class DenseWindow:
         if end > self.shape[2]:
             self._resize(end)
         for name, buffer in self.buffers.items():
-            buffer[:, :, begin:end] = new.get(name, 0.0)
+            slots = buffer[:, :, begin:end]
+            slots.copy_(new[name]) if name in new else slots.zero_()
         if q_len == 1 and valid is None:
             self.positions[:, begin].fill_(start)
         else:

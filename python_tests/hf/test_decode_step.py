@@ -1,0 +1,52 @@
+"""A decode step that packs nothing reads no value back to the host, and sends none: on a GPU either would wait for all
+work queued before."""
+
+import contextlib
+
+import pytest
+import torch
+from gates.make_gates import usable
+from hf.tiny import prompts, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import smartkv_ext
+from smartkv_ext import SmartKVCache
+from smartkv_ext.policies import POLICIES
+
+READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "repeat_interleave"}
+
+
+class NoHostTraffic(TorchDispatchMode):
+    """Raises where the size of a result, or Python, depends on a value, and where a tensor is made of Python values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in READS, f"{func} reads values"
+        assert name != "lift_fresh", "a tensor is made of values on the host"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert all(x is None or x.dtype != torch.bool for x in args[1]), f"{func} counts a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mode_sees_traffic():
+    x = torch.ones(3)
+    for bad in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x[x > 0], lambda: torch.tensor([1.0])):
+        with NoHostTraffic(), pytest.raises(AssertionError):
+            bad()
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"map"}))
+def test_no_host_traffic(name):
+    model = tiny("qwen2", num_hidden_layers=2)
+    ids, _ = prompts(1, 230)
+    watched = 0
+    with smartkv_ext.patch(model), torch.inference_mode():
+        cache = SmartKVCache(model.config, budget=0.5, policy=usable(name, model), window=32)
+        model(ids[:, :200], past_key_values=cache)
+        assert any(layer.store.cache_seqlens.sum() > 0 for layer in cache.layers)
+        for i in range(200, 230):
+            packs = any(layer.window.used + 1 >= layer.capacity for layer in cache.layers)
+            with contextlib.nullcontext() if packs else NoHostTraffic():
+                model(ids[:, i : i + 1], past_key_values=cache)
+            watched += not packs
+    assert watched >= 10
