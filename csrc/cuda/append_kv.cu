@@ -11,6 +11,11 @@ constexpr int PLAN_THREADS = 128;
 constexpr int PLAN_WARPS = PLAN_THREADS / WARP;
 constexpr int WARPS_PER_BLOCK = 4;
 
+// Per multiprocessor: see quantize_kv.cu.
+constexpr int append_blocks(int head_dim) {
+  return paley_order(head_dim) > 1 ? 2 : head_dim > 128 ? 3 : 4;
+}
+
 // Kernels
 
 // slots[token]: index in the list of its tier, -1: none. Advances cache_seqlens. A block per head.
@@ -58,7 +63,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_append_kernel(AppendParams 
 
 // A warp per token. grid_shape: [min(tokens / 4, most_blocks())].
 template <int HEAD_DIM>
-__global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK)
+__global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, append_blocks(HEAD_DIM))
     append_kv_kernel(AppendParams p, Codebooks codebooks, const int32_t* __restrict__ slots) {
   SMARTKV_SHARED(scratch, CodeScratch[WARPS_PER_BLOCK]);
   SMARTKV_SHARED(books, Codebooks);
