@@ -137,6 +137,11 @@ def test_scores(device: str) -> None:
     tiers = ops.select_kv(to(scores, device), to(current, device), to(budgets, device), *costs)
     assert torch.equal(tiers.cpu(), reference.select_kv(scores, current, budgets, *costs))
 
+    o, lse = torch.randn(5, 7, 64), torch.randn(5, 7)
+    lse[:, 2] = -torch.inf
+    for ours, want in zip(ops.merge_states(*to([o, lse], device)), reference.merge_states(o, lse), strict=True):
+        torch.testing.assert_close(ours.cpu(), want)
+
     for n, dtype, atol in ((3, torch.bfloat16, 1e-3), (100, torch.float32, 1e-3), (100, torch.bfloat16, 0.1)):
         keys = [torch.randn(1, 2, n, 128).to(dtype) for _ in range(2)]
         weights = [torch.randn(2, 2, o, i) * i**-0.5 for i, o in ((128, 256), (256, 256), (256, 1))]
