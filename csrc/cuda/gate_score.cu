@@ -275,6 +275,22 @@ const char* launch_few(const GateScoreParams& p, const KeyViews& views, int firs
   return launch_error();
 }
 
+// So many that the last round of blocks over the GPU is nearly full. To load the weights takes a
+// block about as long as a tile.
+int64_t blocks_per_item(int64_t items, int64_t tiles) {
+  const int64_t at_once = device_attribute(cudaDevAttrMultiProcessorCount);
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t blocks = 1; blocks <= std::min(tiles, at_once); ++blocks) {
+    const int64_t rounds = (items * blocks + at_once - 1) / at_once;
+    const int64_t time = rounds * (1 + (tiles + blocks - 1) / blocks);
+    if (time < least) {
+      least = time;
+      best = blocks;
+    }
+  }
+  return best;
+}
+
 template <int HEAD_DIM, int HIDDEN>
 void launch_many(const GateScoreParams& p, const KeyViews& views, int first_layer, int layers,
                  cudaStream_t stream) {
@@ -288,8 +304,8 @@ void launch_many(const GateScoreParams& p, const KeyViews& views, int first_laye
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int64_t items = int64_t{layers} * p.batch * p.num_kv_heads;
   const int64_t tiles = (p.kv_len + TILE_TOKENS - 1) / TILE_TOKENS;
-  const int64_t wanted = (device_attribute(cudaDevAttrMultiProcessorCount) + items - 1) / items;
-  const dim3 grid(static_cast<unsigned>(std::min(tiles, wanted)), static_cast<unsigned>(items));
+  const dim3 grid(static_cast<unsigned>(blocks_per_item(items, tiles)),
+                  static_cast<unsigned>(items));
   for (int first_row = 0; first_row < last; first_row += rows) {
     SMARTKV_LAUNCH(kernel, grid, THREADS, static_cast<size_t>(bytes), stream, p, views, first_layer,
                    first_row, rows);
