@@ -44,6 +44,8 @@ def test_a_saved_file_is_the_same_gates(folder):
     made = random_gates(again.model)
     for a, b in zip((*made.weights, *made.biases), (*again.weights, *again.biases), strict=True):
         assert torch.equal(a, b)
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 1, "weights and configuration are for the same readers"
     assert again.info == {"base_model": "tiny"} and again.source == str(folder)
     assert again.threshold(0.25) == pytest.approx(-2.0) and again.threshold(1.0) == -8
 

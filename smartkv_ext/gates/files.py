@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 from .model import ModelFacts
 
@@ -41,7 +41,8 @@ def save(gates: Gates, folder: Path, dtype: torch.dtype) -> None:
         "info": gates.info,
     }
     partial = folder / (WEIGHTS + ".partial")
-    save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, partial, {"format": "pt"})
+    content = serialize({name: x.contiguous().cpu() for name, x in tensors.items()}, {"format": "pt"})
+    partial.write_bytes(content)  # save_file would let nobody else read it, whatever the umask
     os.replace(partial, folder / WEIGHTS)
     partial = folder / (CONFIG + ".partial")
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
