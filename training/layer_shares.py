@@ -90,6 +90,8 @@ def main(
     with patch(network):
         if recording is not None and recording.exists():
             prefill = Recording.load(recording)
+            if not torch.equal(prefill.ids, ids[:, :tokens]):
+                raise typer.BadParameter(f"{recording} holds another text")
         else:
             prefill = record(network, ids[:, :tokens])
             if recording is not None:

@@ -32,6 +32,7 @@ class Summary:
 def label(spec: str) -> str:
     """What people read: "snapkv tiers=2,4" for "smartkv policy=snapkv tiers=2,4", and a policy file's name alone."""
     words = spec.removeprefix("smartkv ").replace("policy=", "").split(" ")
+    words.sort(key=lambda word: "=" in word)  # the policy first
     return " ".join(PurePath(word).stem if word.endswith((".json", ".yaml")) else word for word in words)
 
 
