@@ -20,7 +20,7 @@ PRECISIONS = ("auto", "fp32", "int16", "int8")
 MIN_WINDOW = 16  # newest tokens that are never packed, however small the budget
 MIN_BLOCK = 8  # fewest tokens packed at a time
 MAX_BLOCK = PAGE_SIZE
-DENSE_SHARE = 0.5  # of the byte budget that sinks and window may take before the window shrinks
+DENSE_SHARE = 0.25  # of the byte budget that sinks and window may take before the window shrinks
 UNLIMITED = 2**62
 KEY_SCORE = "key_score"  # buffer of the window: what the policy said of a token when it came
 
@@ -172,10 +172,11 @@ class CacheConfig:
     def dense_sizes(self, layer_budget: int, num_kv_heads: int, itemsize: int) -> tuple[int, int]:
         """(window, block): newest tokens kept dense, and how many more may gather before they are packed.
 
-        The window shrinks, down to MIN_WINDOW, where sinks, window and block would take more than DENSE_SHARE of the
-        bytes.
+        Both shrink, down to MIN_WINDOW and MIN_BLOCK, where sinks, window and block would take more than DENSE_SHARE of
+        the bytes: the window first, since packing rarely is what a large block is for, and old tokens that matter are
+        worth more than new ones that do not.
         """
         per_token = self.dense_token_bytes(num_kv_heads, itemsize) + 4
         room = int(DENSE_SHARE * layer_budget) // per_token - self.num_sinks
-        window = min(self.window, max(MIN_WINDOW, room * 2 // 3))
-        return window, min(MAX_BLOCK, max(MIN_BLOCK, window // 2))
+        block = min(MAX_BLOCK, max(MIN_BLOCK, min(self.window // 2, room * 2 // 3)))
+        return min(self.window, max(MIN_WINDOW, room - block)), block
