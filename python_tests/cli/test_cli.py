@@ -172,9 +172,8 @@ def test_interrupt_ends_with_130(folder):
         [*command, "--question", "?"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
-    # It waits for the document: interrupt when imports are behind it, or while they run; both must end the same way.
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits for the document once torch is imported
+        process.wait(timeout=6)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
