@@ -13,7 +13,7 @@ from smartkv_ext.reference.levels import LEVELS
 # What a token loses at a tier, relative to being evicted. Not the relative squared error of its codes (0.12 at 2 bits):
 # noise in keys passes through an exponential, so low bits lose more than in proportion. Fitted to KL on a training text
 # (docs/design/quality.md); 4 and 8 bits are the squared error.
-TIER_LOSS = {2: 0.8, 3: 0.08, 4: 0.0095, 8: 4.0e-5, 16: 0.0}
+TIER_LOSS = {2: 0.25, 3: 0.045, 4: 0.0095, 8: 4.0e-5, 16: 0.0}
 
 
 @dataclass(frozen=True)
