@@ -3,6 +3,7 @@ of the script, and the page that is made of what its steps leave."""
 
 import contextlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -157,3 +158,18 @@ def test_script_calls_benchmarks_that_exist():
     for line in SCRIPT.read_text().splitlines():
         if line.startswith("  bench "):
             assert (SCRIPT.parent / f"{line.split()[2]}.py").is_file(), line
+
+
+def test_script_goes_on_after_a_failure(tmp_path):
+    """With an interpreter that prints JSON, and fails where select_kv is to be measured."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *select_kv*) echo broken >&2; exit 3;; *) echo \'{"a": 1}\';; esac\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    done = subprocess.run([SCRIPT, "bench", "generate"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    steps = gpu_report.gather(tmp_path / "out")["steps"]
+    assert {name for name, step in steps.items() if step["status"]} == {"bench_select"}
+    assert steps["bench_select"]["status"] == 3 and "result" not in steps["bench_select"]
+    assert steps["bench_merge"]["result"] == {"a": 1} and "bench.merge_states" in steps["bench_merge"]["command"]
+    assert len(steps) == 12 and "broken" in done.stdout
