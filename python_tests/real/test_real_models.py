@@ -118,9 +118,9 @@ def test_planted_fact_on_qwen(qwen):
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen"])
 def test_shipped_gates(name, request):
-    """policy="gate" finds the gates of the model, and an eighth of the bytes serves better than with random choice."""
+    """policy="gate" finds the gates of the model, and a quarter of the bytes serves better than with random choice."""
     model, tokenizer = request.getfixturevalue(name)
-    settings = [dict(budget=0.125, policy=policy) for policy in ("gate", "random")]
+    settings = [dict(budget=0.25, policy=policy) for policy in ("gate", "random")]
     gate, chance = divergences(model, tokenizer, settings)
-    print(f"KL at 1/8: gate {gate:.4f}, random {chance:.4f}")
+    print(f"KL at 1/4: gate {gate:.4f}, random {chance:.4f}")
     assert gate < 0.6 * chance
