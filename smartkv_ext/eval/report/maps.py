@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .data import label
+
 
 @dataclass(frozen=True)
 class KeptMap:
@@ -23,7 +25,7 @@ class KeptMap:
     def from_row(cls, row: dict[str, Any]) -> KeptMap:
         """Read a row of kind "map"."""
         raw = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(row["map"]))), dtype=torch.uint8)
-        title = f"{row['method']} | {row['task']} {row['document']}"
+        title = f"{label(row['method'])} | {row['task']} {row['document']}"
         return cls(title, row["ratio"], raw.view(row["map_shape"]), row["token_texts"])
 
     def kept_share(self) -> torch.Tensor:
