@@ -101,8 +101,13 @@ def main(
 ) -> None:
     """Print the table of the --test texts, unless samples are saved; last line JSON."""
     start = time.perf_counter()
+    if not (train or valid or test if save_samples else test):
+        raise typer.BadParameter("give --test TEXT to measure, or --train, --valid and --test with --save-samples")
     network, tokenizer = load(model, dtype)
     learned = find_gates(gates, network.config)
+    further = {Path(name).stem: get_policy(name) for name in policy}
+    if learned is None and (asking := [name for name, x in further.items() if x.scores_keys]):
+        raise typer.BadParameter(f"{', '.join(asking)}: policies that ask gates need --gates")
     if save_samples:
         save_samples.mkdir(parents=True, exist_ok=True)
         for name, sources in (("train", train), ("valid", valid), ("test", test)):
@@ -114,7 +119,7 @@ def main(
                 join(found).save(save_samples / f"{name}.safetensors")
                 typer.echo(f"{name}: {len(found)} documents, {time.perf_counter() - start:.0f} s", err=True)
         return
-    chosen = candidates() | {Path(name).stem: get_policy(name) for name in policy}
+    chosen = candidates() | {name: x.for_model(network.config) for name, x in further.items()}
     if learned is not None:
         chosen |= {f"gate, recency {r:.0f}": get_policy("gate", gates=learned, recency=r) for r in (0.0, 1.0)}
     table = Table(chosen, window)

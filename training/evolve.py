@@ -3,6 +3,8 @@
 python -m training.evolve --journal evolve.jsonl --export champion.json              synthetic patterns
 python -m training.evolve --samples FOLDER --journal real.jsonl --export real.json   traces of bench.real_eviction
 
+Traces that were saved with --gates have the gate's score as one more feature.
+
 A child is accepted if it beats its first parent on TRAIN, and then on VALID too. TEST is looked at once, at the end.
 The same seed and data give the same search; a journal goes on after its last finished generation.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +22,12 @@ import typer
 
 from bench.output import show
 from smartkv_ext.policies.expression import parse
+from smartkv_ext.policies.features import FEATURES, GATE
 
 from .grammar import Grammar, size
 from .journal import Candidate, Journal
 from .samples import Samples
-from .synthetic import Pattern, digest, generate_traces
+from .synthetic import SPLITS, digest, generate_traces
 
 SEEDS = {
     "layer_aware": (
@@ -36,6 +39,7 @@ SEEDS = {
     "h2o": "cumulative",
     "recent": "recent",
 }
+GATE_SEEDS = {"gate": "gate", "aged gate": "gate - log(1 + age / 64)"}
 POPULATION = 48
 PARSIMONY = 2e-5  # error that a node must be worth
 TOURNAMENT = 3
@@ -47,7 +51,7 @@ class Search:
     def __init__(self, train: Samples, valid: Samples, journal: Journal, seed: int, window: int) -> None:
         self.train, self.valid, self.journal = train, valid, journal
         self.seed, self.window = seed, window
-        self.grammar = Grammar(train.names)
+        self.grammar, self.seeds = Grammar(train.names), seeds(train.names)
         self.population = journal.population()
         self.tried = {c.expression for c in journal.candidates}
 
@@ -75,12 +79,8 @@ class Search:
             distinct.setdefault(round(candidate.train, 7), candidate)
         return list(distinct.values())[:POPULATION]
 
-    def champion(self) -> Candidate:
-        """The accepted expression with the least VALID error."""
-        return min(self.population, key=lambda c: (c.valid, c.id))
-
     def _begin(self, rng: random.Random) -> None:
-        texts = [(kind, text) for kind, text in SEEDS.items()]
+        texts = list(self.seeds.items())
         while len(texts) < POPULATION:
             text = self.grammar.tidy(self.grammar.random_tree(rng))
             if text is not None:
@@ -125,47 +125,61 @@ class Search:
             self.population.append(candidate)
 
 
+def seeds(names: Sequence[str]) -> dict[str, str]:
+    """What a search over these features begins with."""
+    return SEEDS | GATE_SEEDS if GATE in names else SEEDS
+
+
 def main(
     journal: Annotated[Path, typer.Option(help="what was tried, one JSON object per line; resumed if it exists")],
     samples: Annotated[Path | None, typer.Option(help="folder of bench.real_eviction --save-samples")] = None,
     export: Annotated[Path | None, typer.Option(help="write the champion as a policy file")] = None,
-    generations: int = 100,
-    children: int = 80,
+    generations: Annotated[int, typer.Option(min=1)] = 100,
+    children: Annotated[int, typer.Option(min=1, help="expressions that a generation tries")] = 80,
     seed: int = 0,
-    window: Annotated[int, typer.Option(help="newest tokens that are kept in any case")] = 4,
+    window: Annotated[int, typer.Option(min=0, help="newest tokens that are kept in any case")] = 4,
 ) -> None:
     """Search, or go on searching; print the table of generations and TEST; last line JSON."""
     start = time.perf_counter()
-
-    def split(name: str) -> Samples:
-        return Samples.load(samples / f"{name}.safetensors") if samples else Samples.of_traces(generate_traces(name))
-
-    source = {name: _fingerprint(samples, name) for name in ("train", "valid", "test")}
-    settings = {
-        "seed": seed, "children": children, "window": window, "population": POPULATION, "parsimony": PARSIMONY,
-        "seeds": SEEDS, "data": source,
-    }  # fmt: skip
-    book = Journal(journal, settings)
-    if book.test is not None:
-        typer.echo(f"{journal} has seen TEST: this search is over", err=True)
+    try:
+        source = {name: _identity(samples, name) for name in SPLITS}
+        names = source["train"]["features"]
+        if any(x["features"] != names for x in source.values()):
+            raise ValueError(f"{samples}: train, valid and test must have the same features (--gates or not)")
+        settings = {
+            "seed": seed, "children": children, "window": window, "population": POPULATION, "parsimony": PARSIMONY,
+            "seeds": seeds(names), "data": source,
+        }  # fmt: skip
+        book = Journal(journal, settings)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if book.test is None:
+        _search(book, seed, window, generations, children, samples)
     else:
-        search = Search(split("train"), split("valid"), book, seed, window)
-        search.run(generations, children, _report)
-        best = search.champion()
-        test = split("test")
-        texts = {"champion": best.expression} | SEEDS
-        book.end({name: test.error(parse(text, search.grammar.names), window) for name, text in texts.items()})
-        if export:
-            export.write_text(json.dumps({"name": "evolved", "expression": best.expression}, indent=2) + "\n")
+        typer.echo(f"{journal} has seen TEST: this search is over", err=True)
+    if export:
+        export.write_text(json.dumps({"name": "evolved", "expression": book.champion().expression}, indent=2) + "\n")
     _conclude(book, time.perf_counter() - start)
 
 
-def _fingerprint(folder: Path | None, split: str) -> str:
+def _search(book: Journal, seed: int, window: int, generations: int, children: int, folder: Path | None) -> None:
+    """Finish the search of a journal."""
+
+    def split(name: str) -> Samples:
+        return Samples.load(folder / f"{name}.safetensors") if folder else Samples.of_traces(generate_traces(name))
+
+    search = Search(split("train"), split("valid"), book, seed, window)
+    search.run(generations, children, _report)
+    test = split("test")
+    texts = {"champion": book.champion().expression} | search.seeds
+    book.end({name: test.error(parse(text, search.grammar.names), window) for name, text in texts.items()})
+
+
+def _identity(folder: Path | None, split: str) -> dict[str, Any]:
     """What identifies the data of a split without looking at any error on it."""
     if folder is None:
-        return digest(split, Pattern())[:16]
-    path = folder / f"{split}.safetensors"
-    return f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        return {"sha256": digest(split), "features": sorted(FEATURES)}
+    return Samples.identity(folder / f"{split}.safetensors")
 
 
 def _report(row: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass
 
 from smartkv_ext.policies.expression import BINARY, FUNCTIONS, Expression, operands, parse, walk
+from smartkv_ext.policies.features import carries_one
 
 MAX_NODES = 41
 _DEPTH = 3
@@ -20,13 +21,15 @@ class Grammar:
     names: tuple[str, ...]
 
     def tidy(self, tree: ast.expr) -> str | None:
-        """The text of a tree with its constant parts folded; None if it is too large, or constant as a whole."""
+        """The text of a tree with its constant parts folded; None if it is too large, constant as a whole, or asks more
+        of packed records than they carry.
+        """
         tree = _fold(tree)
         text = ast.unparse(tree)
         expression = parse(text, self.names)
         if size(expression) > MAX_NODES or not any(isinstance(node, ast.Name) for node in walk(expression.tree)):
             return None
-        return text
+        return text if carries_one(expression) else None
 
     def random_tree(self, rng: random.Random, depth: int = _DEPTH) -> ast.expr:
         """A tree of at most ``depth`` levels of operators."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,35 @@ class Journal:
             self._write({"settings": settings})
 
     def _read(self, settings: dict[str, Any]) -> None:
-        whole = b""
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    break  # the last line of a search that was stopped while it wrote
-                raise ValueError(f"{self.path}, line {number}: not a journal of training.evolve ({error})") from None
-            if number == 1 and entry.get("settings") != settings:
-                raise ValueError(f"{self.path} was written with {entry.get('settings')}; these are {settings}")
+        data = self.path.read_bytes()
+        lines = data.splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            cut = lines.pop()  # of a search that was stopped while it wrote
+            if not lines and not _line({"settings": settings}).startswith(cut):
+                raise ValueError(f"{self.path}, line 1: not a journal of training.evolve")
+        lines = lines or [_line({"settings": settings})]
+        found = self._entry(1, lines[0]).get("settings")
+        if found != settings:
+            raise ValueError(f"{self.path} was written with {found}; these are {settings}")
+        entries = [self._entry(number, line) for number, line in enumerate(lines, 1)]
+        for entry in entries:
             self._take(entry)
-            whole += line
         finished = len(self.populations)
         self.candidates = [c for c in self.candidates if c.generation < finished]
-        kept = [line for line in whole.splitlines(keepends=True) if self._keeps(json.loads(line), finished)]
-        self.path.write_bytes(b"".join(kept))
+        kept = b"".join(line for line, x in zip(lines, entries, strict=True) if self._keeps(x, finished))
+        if kept != data:
+            whole = self.path.with_name(self.path.name + ".new")
+            whole.write_bytes(kept)
+            whole.replace(self.path)  # at once: stopped here, the old journal is still there
+
+    def _entry(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            raise ValueError(f"{self.path}, line {number}: not a journal of training.evolve")
+        return entry
 
     def _take(self, entry: dict[str, Any]) -> None:
         if "population" in entry:
@@ -67,8 +81,8 @@ class Journal:
         return "expression" not in entry or entry["generation"] < finished
 
     def _write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        with self.path.open("ab") as file:
+            file.write(_line(entry))
 
     def add(self, candidate: Candidate) -> None:
         """A candidate has been tried."""
@@ -90,13 +104,20 @@ class Journal:
         by_id = {c.id: c for c in self.candidates}
         return [by_id[i] for i in self.populations[-1]] if self.populations else []
 
+    def champion(self, generation: int = -1) -> Candidate:
+        """The member of a finished generation's population with the least VALID error; ties go to the older."""
+        members = set(self.populations[generation])
+        return min(
+            (c for c in self.candidates if c.id in members),
+            key=lambda c: (math.inf if c.valid is None else c.valid, c.id),
+        )
+
     def table(self) -> list[dict[str, Any]]:
         """A row per generation."""
         rows = []
-        by_id = {c.id: c for c in self.candidates}
-        for generation, ids in enumerate(self.populations):
+        for generation in range(len(self.populations)):
             tried = [c for c in self.candidates if c.generation == generation]
-            best = min((by_id[i] for i in ids), key=lambda c: c.valid if c.valid is not None else 1.0)
+            best = self.champion(generation)
             rows.append({
                 "generation": generation, "tried": len(tried), "accepted": sum(c.accepted for c in tried),
                 "refused on TRAIN": sum(c.valid is None for c in tried),
@@ -104,3 +125,7 @@ class Journal:
                 "best train": best.train, "best valid": best.valid, "expression": best.expression,
             })  # fmt: skip
         return rows
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

@@ -115,8 +115,11 @@ def reconstruction_errors(
 
 
 def _shared_error(scores: torch.Tensor, future: torch.Tensor, keep: int, floor: float) -> float:
-    """Mean error over heads when the best keep * heads tokens of a layer stay, floor * keep of each head anyway."""
+    """Mean error over heads when the best keep * heads tokens of a layer stay, floor * keep of each head anyway. As in
+    ``error_curve``, a score of -inf or NaN is lost in any case.
+    """
     batch, heads, n = scores.shape
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     place = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     scores = torch.where(place < floor * keep, torch.inf, scores)
     best = scores.flatten(1).topk(min(keep * heads, heads * n), -1).indices

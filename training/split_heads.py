@@ -31,12 +31,14 @@ from .traces import collect
 
 def retrieval_scores(traces: Sequence[Trace], recent: int) -> torch.Tensor:
     """(layers, num_kv_heads) share of the future queries' attention on earlier tokens, sinks and the newest ``recent``
-    aside; mean over the batch.
+    aside; mean over the batch. Raises ValueError where sinks and recent tokens are all there is.
     """
     shares = []
     for trace in traces:
         n = trace.future.shape[-1]
-        beyond = trace.future[..., NUM_SINKS : max(n - recent, NUM_SINKS)].sum(-1)
+        if recent >= n - NUM_SINKS:
+            raise ValueError(f"recent must be below {n - NUM_SINKS}, the tokens that are no sinks; got {recent}")
+        beyond = trace.future[..., NUM_SINKS : n - recent].sum(-1)
         shares.append((beyond / trace.future.sum(-1)).mean(0))
     return torch.stack(shares)
 

@@ -119,6 +119,11 @@ def test_a_wrong_model_is_refused():
         twin(prompts(1, 30)[0], past_key_values=cache)
     with pytest.raises(ValueError, match="no gates for this model come with the package"):
         SmartKVCache(model.config, policy="gate")
+    with pytest.raises(ValueError, match="no gates for this model come with the package"):
+        SmartKVCache(model.config, policy=get_policy("evolved", expression="recent + gate"))
+    cache = SmartKVCache(twin.config, policy=get_policy("evolved", expression="recent + gate", gates=policy.gates))
+    with smartkv_ext.patch(twin), pytest.raises(ValueError, match="another model of the same shape"):
+        twin(prompts(1, 30)[0], past_key_values=cache)
 
 
 def view_with_scores(scores, **options):

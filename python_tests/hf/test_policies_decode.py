@@ -15,7 +15,8 @@ RULES = [
     {"layers": 3, "heads": 1, "policy": "expected_attention", "share": 2},
 ]
 EVICTING = sorted(set(POLICIES) - {"full", "map"})
-ALL = [*EVICTING, {"name": "map", "rules": RULES}, {"name": "adakv", "base": "knorm"}]
+GATED = {"name": "evolved", "expression": "recent * exp(gate / 4)"}
+ALL = [*EVICTING, {"name": "map", "rules": RULES}, {"name": "adakv", "base": "knorm"}, GATED]
 
 
 def label(spec):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gates.make_gates import random_gates
 from policies.views import make_records, make_view, valid
 
 from smartkv_ext.policies import get_policy
@@ -92,5 +93,27 @@ def test_every_term_of_layer_aware_matters(term):
 def test_evolved_asks_only_for_what_it_uses():
     assert get_policy("evolved", expression="cumulative").recent_queries == 0
     assert get_policy("evolved", expression="cumulative + recent").recent_queries == 32
+    assert not get_policy("evolved", expression="cumulative").scores_keys
+    assert get_policy("evolved", expression="gate + recent").scores_keys
     with pytest.raises(ValueError, match="expression uses 'colour'; features are position, age"):
         get_policy("evolved", expression="colour + 1")
+    with pytest.raises(ValueError, match="may use gate or cumulative"):
+        get_policy("evolved", expression="min(gate, 2) + cumulative")
+    with pytest.raises(ValueError, match="gates serve the feature gate"):
+        get_policy("evolved", expression="cumulative", gates=random_gates())
+
+
+def test_the_gate_is_a_feature_of_new_tokens_and_of_records():
+    policy = get_policy("evolved", expression="recent * exp(gate / 2) - age / 100", gates=random_gates())
+    view = make_view(n=180)
+    age = 179 - view.positions[:, None].float()
+    inside = valid(view) & (age >= 4) & (age <= 170)  # neither sinks nor newest
+    expected = view.recent * (view.key_scores / 2).exp() - age / 100
+    torch.testing.assert_close(policy.score(view)[inside], expected[inside])
+    assert policy.carried(policy.score(view), view.received, 0, 0, view.key_scores) is view.key_scores
+    records = make_records()
+    age = 59 - records.positions.float()
+    expected = records.recent * (records.stored / 2).exp() - age / 100
+    inside = (records.positions >= 9) & (age >= 4)
+    assert inside.sum() > 50
+    torch.testing.assert_close(policy.refresh(records)[inside], expected[inside])

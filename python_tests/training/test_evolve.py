@@ -27,6 +27,33 @@ def splits():
     return {name: Samples.of_traces(generate_traces(name, SMALL)) for name in ("train", "valid", "test")}
 
 
+@pytest.fixture(scope="module")
+def gated(splits):
+    """The same, with something in place of gates' scores."""
+    score = {name: {"gate": torch.sin(1e4 * s.features["key_norm"])} for name, s in splits.items()}
+    return {name: Samples(s.features | score[name], s.future) for name, s in splits.items()}
+
+
+def run(*arguments):
+    app = evolve.typer.Typer()
+    app.command()(evolve.main)
+    return CliRunner().invoke(app, [str(x) for x in arguments])
+
+
+def refusal(*arguments):
+    """What a run that fails says, out of its box."""
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.replace("│", " ").split())
+
+
+def save(splits, folder):
+    folder.mkdir(exist_ok=True)
+    for name, samples in splits.items():
+        samples.save(folder / f"{name}.safetensors")
+    return folder
+
+
 def search(splits, path, generations, seed=3):
     book = Journal(path, {"seed": seed})
     found = evolve.Search(splits["train"], splits["valid"], book, seed, window=4)
@@ -81,20 +108,22 @@ def test_what_is_accepted_beats_its_parent_on_both_splits(tmp_path, splits):
             found.cost(child)[0] < found.cost(parent)[0] and child.valid is not None and child.valid < parent.valid
         )
         assert (child.valid is None) == (found.cost(child)[0] >= found.cost(parent)[0]), "VALID is asked only then"
-    best = found.champion()
+    best = found.journal.champion()
     seeds = [c for c in by_id.values() if c.kind in evolve.SEEDS]
     assert best.valid < min(c.valid for c in seeds)
 
 
-@pytest.mark.parametrize("cut", [0.35, 0.6, 0.98])
-def test_a_stopped_search_goes_on_as_if_it_had_not_been(tmp_path, splits, cut):
-    whole = tmp_path / "whole.jsonl"
-    search(splits, whole, 6)
+def test_a_stopped_search_goes_on_as_if_it_had_not_been(tmp_path, splits):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    search(splits, whole, 4)
     data = whole.read_bytes()
-    stopped = tmp_path / "stopped.jsonl"
-    stopped.write_bytes(data[: int(cut * len(data))])  # in the middle of a line
-    search(splits, stopped, 6)
-    assert stopped.read_bytes() == data
+    first = data.index(b"\n")
+    population = data.index(b"\n", data.index(b"population"))
+    for cut in (0, first // 2, first, first + 1, population, population + 1, len(data) // 2, len(data) - 1, len(data)):
+        stopped.write_bytes(data[:cut])  # in the middle of a line, before its end, after it
+        search(splits, stopped, 4)
+        assert stopped.read_bytes() == data, cut
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["stopped.jsonl", "whole.jsonl"]
 
 
 def test_a_journal_is_for_one_search(tmp_path, splits):
@@ -107,30 +136,56 @@ def test_a_journal_is_for_one_search(tmp_path, splits):
     (tmp_path / "c.jsonl").write_text('{"settings": {"seed": 3}}\nnot json\n{}\n')
     with pytest.raises(ValueError, match="line 2: not a journal"):
         Journal(tmp_path / "c.jsonl", {"seed": 3})
+    for foreign in ("a letter without an end of line", "5\n", "[1]\n"):
+        (tmp_path / "d.txt").write_text(foreign)
+        with pytest.raises(ValueError, match="line 1: not a journal"):
+            Journal(tmp_path / "d.txt", {"seed": 3})
+        assert (tmp_path / "d.txt").read_text() == foreign
 
 
 def test_the_command_looks_at_test_once_and_exports_a_policy(tmp_path, splits, monkeypatch):
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    for name, samples in splits.items():
-        samples.save(folder / f"{name}.safetensors")
+    folder = save(splits, tmp_path / "samples")
     opened = []
     load = Samples.load
     monkeypatch.setattr(Samples, "load", staticmethod(lambda path: opened.append(path.stem) or load(path)))
-    app = evolve.typer.Typer()
-    app.command()(evolve.main)
-    arguments = ["--journal", tmp_path / "j.jsonl", "--samples", folder, "--export", tmp_path / "best.json",
-                 "--generations", "4", "--children", "20"]  # fmt: skip
-    done = CliRunner().invoke(app, [str(x) for x in arguments])
+    arguments = ["--journal", tmp_path / "j.jsonl", "--samples", folder, "--generations", "4", "--children", "20"]
+    done = run(*arguments)
     assert done.exit_code == 0, done.output
     assert opened == ["train", "valid", "test"]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["test"]["champion"] > 0 and set(evolve.SEEDS) < set(result["test"])
-    policy = get_policy(str(tmp_path / "best.json"))
-    assert policy.name == "evolved" and policy.expression == result["expression"]
-    again = CliRunner().invoke(app, [str(x) for x in arguments])
+    again = run(*arguments, "--export", tmp_path / "best.json")
     assert opened == ["train", "valid", "test"], "a search that is over opens nothing"
     assert json.loads(again.stdout.splitlines()[-1])["test"] == result["test"]
+    policy = get_policy(str(tmp_path / "best.json"))
+    assert policy.name == "evolved" and policy.expression == result["expression"]
+
+
+def test_gates_give_the_search_a_feature(tmp_path, gated):
+    assert "gate" in gated["train"].names
+    folder = save(gated, tmp_path / "samples")
+    done = run("--journal", tmp_path / "j.jsonl", "--samples", folder, "--generations", "3", "--children", "60")
+    assert done.exit_code == 0, done.output
+    assert set(evolve.GATE_SEEDS) < set(json.loads(done.stdout.splitlines()[-1])["test"])
+    tried = [json.loads(line).get("expression", "") for line in (tmp_path / "j.jsonl").read_text().splitlines()]
+    assert sum("gate" in text for text in tried) > 10 and any("gate" in t and "recent" in t for t in tried)
+    for text in filter(None, tried):
+        get_policy("evolved", expression=text)  # every one could be exported
+    assert Grammar(("gate", "cumulative")).tidy(ast.parse("gate + cumulative", mode="eval").body) is None
+
+
+def test_samples_that_do_not_fit_are_refused_before_the_search(tmp_path, splits, gated):
+    arguments = ["--journal", tmp_path / "j.jsonl", "--samples", save(splits, tmp_path / "s"), "--generations", "1"]
+    test = tmp_path / "s" / "test.safetensors"
+    test.unlink()
+    assert "does not exist" in refusal(*arguments) and not (tmp_path / "j.jsonl").exists()
+    gated["test"].save(test)
+    assert "the same features" in refusal(*arguments) and not (tmp_path / "j.jsonl").exists()
+    splits["test"].save(test)
+    assert run(*arguments).exit_code == 0
+    replaced = Samples(splits["train"].features, splits["train"].future.flip(-1))  # as many bytes
+    replaced.save(tmp_path / "s" / "train.safetensors")
+    assert "was written with" in refusal(*arguments)
 
 
 class Words:

@@ -63,6 +63,21 @@ def test_the_future_itself_is_the_best_score_and_chance_loses_its_share(traces):
     assert reconstruction_errors(get_policy("snapkv"), flat, shared=True) == pytest.approx([0.75, 0.5, 0.25], abs=1e-6)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_score_that_is_no_number_is_worth_as_little_as_one_of_minus_infinity(traces, shared):
+    class Broken(type(get_policy("knorm"))):
+        bad = torch.nan
+
+        def score(self, view):
+            return torch.where(view.positions[:, None] % 3 == 0, self.bad, super().score(view))
+
+    class Never(Broken):
+        bad = -torch.inf
+
+    errors = [reconstruction_errors(policy, traces, window=4, shared=shared) for policy in (Broken(), Never())]
+    assert errors[0] == pytest.approx(errors[1], abs=1e-6) and errors[0][2] > 0.1
+
+
 def test_layers_share_what_a_layer_cannot_use(traces):
     counts = layer_counts(get_policy("pyramidkv"), traces, 0.75)
     assert sum(counts) == pytest.approx(0.75 * 3 * 160, rel=1e-6)

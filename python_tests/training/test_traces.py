@@ -1,5 +1,6 @@
 """Traces of a model: what attention saw, and the split of its heads."""
 
+import pytest
 import torch
 from hf.tiny import prompts, tiny
 
@@ -25,6 +26,8 @@ def test_traces_equal_the_models_own_attention():
     scores = retrieval_scores(traces, recent=16)
     far = dense[2].unflatten(1, (2, 2)).sum(2)[0, 1, 90:, :90]
     torch.testing.assert_close(scores[2, 1], far[:, 4:74].sum() / far.sum(), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="recent must be below 86"):
+        retrieval_scores(traces, recent=86)
 
 
 def test_the_best_heads_retrieve_and_the_others_stream():

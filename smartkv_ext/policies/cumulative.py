@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
+from smartkv_ext.gates import Gates
+
 from .expression import Expression, parse
-from .features import FEATURES, RECENT_QUERIES, FeaturePolicy, TokenFeatures, protect
+from .features import FEATURES, GATE, RECENT_QUERIES, FeaturePolicy, TokenFeatures, carries_one, protect
+from .gate import Gate
 
 
 @dataclass(frozen=True)
@@ -86,24 +91,72 @@ class LayerAware(FeaturePolicy):
 class Evolved(FeaturePolicy):
     """The score is an expression over token features (see ``Expression``), such as training.evolve finds.
 
-    Features: position, age and seq_len (tokens), recent and cumulative (attention), key_norm, layer (0 to 1), sink.
-    Sinks and the newest four tokens stay. The default came out of a search on traces of SmolLM2 (docs/LOG.md).
+    Features: position, age and seq_len (tokens), recent and cumulative (attention), key_norm, layer (0 to 1), sink; and
+    gate, the score of the model's learned gates, in expressions without cumulative: a packed record carries one of the
+    two. Sinks and the newest four tokens stay. The default came out of a search on traces of SmolLM2 (docs/LOG.md).
+
+    Args:
+        expression: text.
+        gates: for the feature gate, as the policy ``gate`` takes them; None: those that come with the package.
     """
 
     name: ClassVar[str] = "evolved"
     summary: ClassVar[str] = "any expression over token features"
     source: ClassVar[str] = "training/evolve.py"
     expression: str = "recent * (0.6 + cumulative * ((position + 1) / seq_len + 0.258))"
+    gates: str | Gates | None = None
+    _gate: Gate | None = field(init=False, compare=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         expression = self._expression
+        if not carries_one(expression):
+            raise ValueError(
+                f"expression may use gate or cumulative, as records carry one number; got both in {expression.text!r}"
+            )
+        if self.gates is not None and not expression.uses(GATE):
+            raise ValueError(f"gates serve the feature gate, which the expression does not use: {expression.text!r}")
         object.__setattr__(self, "recent_queries", RECENT_QUERIES if expression.uses("recent") else 0)
+        if expression.uses(GATE):
+            self._bind(Gate(gates=self.gates))
+
+    def _bind(self, gate: Gate) -> None:
+        object.__setattr__(self, "_gate", gate)
+        object.__setattr__(self, "scores_keys", True)
+        object.__setattr__(self, "shared_bytes", gate.shared_bytes)
 
     @property
     def _expression(self) -> Expression:
-        return parse(self.expression, FEATURES)
+        return parse(self.expression, (*FEATURES, GATE))
 
     def score_features(self, features: TokenFeatures) -> torch.Tensor:
         expression = self._expression
-        values = {name: features.named(name) for name in FEATURES if expression.uses(name)}
+        values = {name: features.named(name) for name in expression.names if expression.uses(name)}
         return protect(features, expression(values))
+
+    def for_model(self, config: Any) -> Evolved:
+        if self._gate is None:
+            return self
+        made = copy.copy(self)
+        made._bind(self._gate.for_model(config))
+        return made
+
+    def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
+        if self._gate is not None:
+            self._gate.check_keys(sketch)
+
+    def score_keys(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], first_layer: int, head_offset: int
+    ) -> torch.Tensor:
+        assert self._gate is not None, "only expressions that use the gate score keys"
+        return self._gate.score_keys(keys, values, first_layer, head_offset)
+
+    def carried(
+        self, scores: torch.Tensor, received: torch.Tensor | None, layer_idx: int, head_offset: int,
+        key_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        carried = super().carried if self._gate is None else self._gate.carried
+        return carried(scores, received, layer_idx, head_offset, key_scores)
+
+    def spec(self) -> dict[str, Any]:
+        gates = {} if self._gate is None else {"gates": self._gate.spec()["gates"]}
+        return {"name": self.name, "expression": self.expression, **gates}

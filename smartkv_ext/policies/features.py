@@ -9,11 +9,13 @@ from typing import ClassVar
 import torch
 
 from .base import Policy, RecordView, TokenView
+from .expression import Expression
 
 NUM_SINKS = 4  # tokens that the formulas below call sinks
 NEWEST = 4  # tokens that they keep for being new
 RECENT_QUERIES = 32
 FEATURES = ("position", "age", "seq_len", "recent", "cumulative", "key_norm", "layer", "sink")
+GATE = "gate"  # a further feature, where a model has learned gates
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class TokenFeatures:
     cumulative: torch.Tensor  # attention from all queries since the token came, its own included
     key_norm: Callable[[], torch.Tensor]  # L2 norm of the key; for packed records it costs a dequantisation
     layer: float | torch.Tensor  # layer_idx / num_layers
+    gate: torch.Tensor | None  # what learned gates say of the token; None unless the policy scores keys
 
     @property
     def age(self) -> torch.Tensor:
@@ -47,7 +50,7 @@ class TokenFeatures:
         return (self.position < NUM_SINKS).float()
 
     def named(self, name: str) -> float | torch.Tensor:
-        """The feature called ``name``, one of FEATURES."""
+        """The feature called ``name``, one of FEATURES or GATE."""
         value = getattr(self, name)
         return value() if name == "key_norm" else value  # type: ignore[no-any-return]
 
@@ -57,15 +60,22 @@ class TokenFeatures:
         return cls(
             *_places(view.positions[:, None], view.seen, view.row_tokens), view.recent, view.received,
             lambda: torch.linalg.vector_norm(view.keys.float(), dim=-1), view.layer_idx / view.num_layers,
+            view.key_scores,
         )  # fmt: skip
 
     @classmethod
     def of_records(cls, records: RecordView) -> TokenFeatures:
+        """``gate`` and ``cumulative`` are for policies whose records carry the one or the other (``carries_one``)."""
         assert records.received is not None, "the policy accumulates, so the cache measures"
         return cls(
             *_places(records.positions, records.seen, records.row_tokens), records.recent, records.received,
-            records.key_norms, records.layer_idx / records.num_layers,
+            records.key_norms, records.layer_idx / records.num_layers, records.stored,
         )  # fmt: skip
+
+
+def carries_one(expression: Expression) -> bool:
+    """Whether packed records can serve an expression: they carry cumulative attention or the gate's score, not both."""
+    return not (expression.uses(GATE) and expression.uses("cumulative"))
 
 
 def _places(positions: torch.Tensor, seen: int, row_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
