@@ -33,7 +33,7 @@ def select_kv(
         current: (groups, heads, n) int8: present tier; num_tiers: still in full precision; -1: no token here.
         budgets: (groups,) int64, bytes of pages.
         page_bytes: per tier, ascending.
-        distortion: per tier, relative squared error that it leaves.
+        distortion: per tier, what a token loses there, such as its relative squared error.
         evict_distortion: the same for an evicted token.
         zipf_offset: above 0; flattens the importance of the first ranks.
 

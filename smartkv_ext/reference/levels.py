@@ -21,7 +21,7 @@ _LLOYD_MAX = {
     4: (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326),
 }
 
-# Mean squared error relative to the variance of a normal source, per tier. The cache weighs quant.spec.TIER_LOSS instead.
+# Mean squared error relative to the variance of a normal source, per tier. The cache weighs quant.spec.TIER_LOSS.
 RELATIVE_DISTORTION = {2: 0.1175, 3: 0.03454, 4: 0.009497, 8: 4.0e-5, 16: 0.0}
 
 
