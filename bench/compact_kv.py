@@ -7,7 +7,7 @@ survivors behind the first m slots, about n / 4 where half is kept. A record is 
 value, scales, position, score. The targets (n bytes) are not counted. Pages and lengths are put back, untimed.
 
 Rivals: torch.index_select on an array of whole records, once of as many records as move ("same bytes"), once of all
-survivors into a new array, which is how a cache without pages would be compacted.
+survivors into another array, which is how a cache without pages would be compacted. Their output is cold too.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def rival_calls(session: Session, cache: Packed, targets: torch.Tensor) -> dict[
     works = {}
     for name, count in (("same bytes", moved_records(targets)), ("all survivors", len(survivors))):
         index = survivors[torch.randperm(len(survivors))[:count].sort().values].to(session.device)
-        works[f"index_select, {name}"] = Work([partial(torch.index_select, x, 0, index) for x in copies])
+        outputs = session.copies(records[:count])[0]
+        calls = [partial(torch.index_select, copies[i % len(copies)], 0, index, out=y) for i, y in enumerate(outputs)]
+        works[f"index_select, {name}"] = Work(calls)
     return works
 
 

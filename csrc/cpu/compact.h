@@ -43,12 +43,17 @@ struct Chosen {
   }
 };
 
-// Both ends move in directions and strides that hardware does not foresee.
-SMARTKV_INLINE void prefetch_page(const PagedKV& cache, int64_t head, int tier, int64_t page,
-                                  int64_t num_pages) {
-  if (page < 0 || page >= num_pages) return;
-  const uint8_t* at = slot_of(cache, head, tier, page * PAGE_SIZE).page;
-  for (int64_t i = 0; i < cache.page_bytes[tier]; i += 64) __builtin_prefetch(at + i, 1);
+// Takes as many bits from both as the smaller one has.
+SMARTKV_INLINE Moves pair_up(uint64_t& holes, uint64_t& survivors) {
+  Moves moves;
+  moves.to = holes;
+  for (; holes != 0 && survivors != 0; holes &= holes - 1) {
+    const int last = 63 - __builtin_clzll(survivors);
+    survivors ^= uint64_t{1} << last;
+    moves.from[__builtin_ctzll(holes)] = static_cast<uint8_t>(last);
+  }
+  moves.to ^= holes;
+  return moves;
 }
 
 // Fills the holes among the first n slots, n survivors, with the survivors behind them: the lowest
@@ -59,21 +64,21 @@ inline int64_t close_holes(const PagedKV& cache, const Tiers& tiers, int64_t hea
   int64_t high = stay.num_pages();
   uint64_t survivors = 0;
   uint8_t* from = nullptr;
+  Ahead ahead(tiers.layout[tier].page_bytes);
+  const auto page_at = [&](int64_t i) { return slot_of(cache, head, tier, i * PAGE_SIZE).page; };
   for (int64_t low = 0; low * PAGE_SIZE < n; ++low) {
     uint64_t holes = ~stay.page(low) & first_bits(n - low * PAGE_SIZE);
     if (holes == 0) continue;
-    uint8_t* to = slot_of(cache, head, tier, low * PAGE_SIZE).page;
-    prefetch_page(cache, head, tier, low + 1, stay.num_pages());
-    for (; holes != 0; holes &= holes - 1) {
+    uint8_t* to = page_at(low);
+    if (low + 1 < stay.num_pages()) ahead.add(page_at(low + 1));
+    while (holes != 0) {
       while (survivors == 0) {
         --high;
         survivors = stay.page(high) & ~first_bits(n - high * PAGE_SIZE);
-        from = slot_of(cache, head, tier, high * PAGE_SIZE).page;
-        prefetch_page(cache, head, tier, high - 1, stay.num_pages());
+        from = page_at(high);
+        if (high > 0) ahead.add(page_at(high - 1));
       }
-      const int last = 63 - __builtin_clzll(survivors);
-      survivors ^= uint64_t{1} << last;
-      copy_record(tiers.layout[tier], {to, __builtin_ctzll(holes)}, {from, last});
+      move_records(tiers.layout[tier], to, from, pair_up(holes, survivors), ahead);
     }
   }
   return n;

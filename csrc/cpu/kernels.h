@@ -8,6 +8,7 @@
 #include "gemm.h"
 #include "encode.h"
 #include "record.h"
+#include "move.h"
 #include "quantize.h"
 #include "compact.h"
 #include "codec.h"
