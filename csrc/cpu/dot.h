@@ -206,9 +206,11 @@ inline void dot_v(Section<BITS> values, const LevelBytes<false>& levels, const D
   }
 }
 
-// Rows per pass over the codes: `left` rows in as few equal passes of at most four as possible.
-SMARTKV_INLINE int rows_per_pass(int rows) {
-  const int passes = (rows + FUSED_BLOCK - 1) / FUSED_BLOCK;
+// Most rows of one pass over the codes: decoding is shared by all of them.
+constexpr int pass_rows(int digits) { return DOT_SUMS / digits >= 16 ? 8 : 4; }
+// Rows per pass: in as few equal passes as possible.
+SMARTKV_INLINE int rows_per_pass(int rows, int digits) {
+  const int passes = (rows + pass_rows(digits) - 1) / pass_rows(digits);
   return (rows + passes - 1) / passes;
 }
 // From here on unpacking once is cheaper than decoding in every pass.
@@ -218,20 +220,23 @@ constexpr int UNPACKED_ROWS = 2 * FUSED_BLOCK;
 template <class Body>
 SMARTKV_INLINE void with_products(int bits, [[maybe_unused]] int digits, int rows,
                                   const Body& body) {
-  with_rows(rows, [&]<int ROWS>() {
-    with_bits(bits, [&]<int BITS>() {
-      if constexpr (MAX_DIGITS == 2) {
-        if (digits == 2) return body.template operator()<BITS, 2, ROWS>();
-      }
-      body.template operator()<BITS, 1, ROWS>();
-    });
+  with_bits(bits, [&]<int BITS>() {
+    const auto with_digits = [&]<int DIGITS>() {
+      each<pass_rows(DIGITS)>([&]<int I>() {
+        if (rows == I + 1) body.template operator()<BITS, DIGITS, I + 1>();
+      });
+    };
+    if constexpr (MAX_DIGITS == 2) {
+      if (digits == 2) return with_digits.template operator()<2>();
+    }
+    with_digits.template operator()<1>();
   });
 }
 
 inline void dot_k_rows(const TierCodec& codec, int bits, CodeStream stream, int digits,
                        const DigitRows& q, int rows, float* scores) {
   const LevelBytes<K_BIASED> levels(codec.book);
-  const int step = rows_per_pass(rows);
+  const int step = rows_per_pass(rows, digits);
   for (int r = 0; r < rows; r += step) {
     const int count = rows - r < step ? rows - r : step;
     with_products(bits, digits, count, [&]<int BITS, int DIGITS, int ROWS>() {
@@ -244,7 +249,7 @@ inline void dot_k_rows(const TierCodec& codec, int bits, CodeStream stream, int 
 inline void dot_v_rows(const TierCodec& codec, int bits, CodeStream stream, int digits,
                        const DigitRows& p, int rows, float* out) {
   const LevelBytes<false> levels(codec.book);
-  const int step = rows_per_pass(rows), head_dim = codec.head_dim;
+  const int step = rows_per_pass(rows, digits), head_dim = codec.head_dim;
   for (int r = 0; r < rows; r += step) {
     const int count = rows - r < step ? rows - r : step;
     with_products(bits, digits, count, [&]<int BITS, int DIGITS, int ROWS>() {
