@@ -5,7 +5,8 @@
   built against the limited API, so a wheel of this package is an ordinary per-version wheel; ``_C`` in it is abi3.
 
 SMARTKV_CUDA=auto|1|0: CUDA kernels if nvcc is there | required | never. nvcc is called directly, because torch's
-CUDAExtension refuses to work on a CPU-only torch.
+CUDAExtension refuses to work on a CPU-only torch. SMARTKV_CUDA_ARCHS="80 90": what they are compiled for; the last also as
+PTX, for what comes after it. MAX_JOBS: compilers that run at a time.
 """
 
 import os
@@ -23,10 +24,7 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
-NVCC_FLAGS = (
-    "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
-    " -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
-)
+NVCC_FLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
 
 
 def find_nvcc():
@@ -39,6 +37,16 @@ def find_nvcc():
     if mode == "1" and found is None:
         raise SystemExit("SMARTKV_CUDA=1, but nvcc was not found: set CUDA_HOME or put nvcc on the PATH")
     return None if mode == "0" else found
+
+
+def gencode():
+    """Options of nvcc that name the architectures."""
+    archs = os.environ.get("SMARTKV_CUDA_ARCHS", "80 90").split()
+    if not archs or not all(arch.isdecimal() and int(arch) >= 80 for arch in archs):
+        raise SystemExit(f"SMARTKV_CUDA_ARCHS must name architectures from 80 on, such as '80 90'; got {archs}")
+    codes = [f"sm_{arch}" for arch in archs]
+    codes[-1] = f"[{codes[-1]},compute_{archs[-1]}]"
+    return " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in zip(archs, codes, strict=True))
 
 
 def torch_dir():
@@ -68,7 +76,9 @@ class NinjaBuild(build_ext):
                 ninja_syntax.Writer(file, width=10**6),
                 f"-isystem {pybind11.get_include()} -ffile-prefix-map={pybind11.get_include()}/=",
             )
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir], check=True)
+        jobs = os.environ.get("MAX_JOBS")
+        limit = ["-j", jobs] if jobs else []
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir, *limit], check=True)
         for extension in self.extensions:
             target = Path(self.output_of(extension))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +114,7 @@ class NinjaBuild(build_ext):
             # The log says how many registers each kernel takes: csrc/tests/check_spills.py reads it.
             n.rule(
                 "nvcc",
-                f"{nvcc} {NVCC_FLAGS} -Xptxas -v {includes} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1"
+                f"{nvcc} {NVCC_FLAGS} {gencode()} -Xptxas -v {includes} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1"
                 " || (cat $out.log && false)",
                 depfile="$out.d", deps="gcc",
             )  # fmt: skip

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import CacheReport, SmartKVCache
-    from .hf import PatchHandle, patch
+    from .hf import PatchHandle, ReplayedDecoder, patch
 
-__all__ = ["CacheReport", "PatchHandle", "SmartKVCache", "patch"]
+__all__ = ["CacheReport", "PatchHandle", "ReplayedDecoder", "SmartKVCache", "patch"]
 
 try:
     __version__ = version("smartkv-ext")
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
         from . import cache
 
         return getattr(cache, name)
-    if name in ("patch", "PatchHandle"):
+    if name in ("patch", "PatchHandle", "ReplayedDecoder"):
         from . import hf
 
         return getattr(hf, name)

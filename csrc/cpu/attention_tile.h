@@ -39,7 +39,7 @@ SMARTKV_INLINE int32_t clamp_position(int64_t x) {
 }
 
 inline Span span_of_query(const DecodeAttentionParams& p, int64_t query) {
-  const int64_t position = p.q_start + query;
+  const int64_t position = *p.q_start + query;
   const int64_t low = p.sliding_window > 0 ? position - p.sliding_window + 1 : 0;
   return {clamp_position(low > 0 ? low : 0), clamp_position(position)};
 }

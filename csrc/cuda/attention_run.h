@@ -102,10 +102,15 @@ struct Span {
   int low, high;
 };
 
+// On the device, where no host checks it: a step that is replayed finds the position of its token.
+__device__ __forceinline__ int64_t first_position(const DecodeAttentionParams& p) {
+  return clamp_to(int64_t{0}, *p.q_start, INT32_MAX - p.q_len);
+}
+
 __device__ __forceinline__ Span span_of_row(const AttentionRun& run, int row) {
   const DecodeAttentionParams& p = run.p;
   if (!is_within(row, run.num_rows)) return {0, -1};
-  const int64_t position = p.q_start + row / (p.num_heads / p.cache.num_kv_heads);
+  const int64_t position = first_position(p) + row / (p.num_heads / p.cache.num_kv_heads);
   const int64_t low = p.sliding_window > 0 ? position - p.sliding_window + 1 : 0;
   return {static_cast<int>(low > 0 ? low : 0), static_cast<int>(position)};
 }

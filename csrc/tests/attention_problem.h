@@ -10,6 +10,8 @@ using testing::Cache;
 using testing::Dense;
 using testing::is_close;
 
+constexpr float SOFTMAX_SCALE = 0.1f;
+
 // Keys that one head can see, in double precision.
 struct Keys {
   std::vector<std::vector<double>> k, v;
@@ -145,6 +147,23 @@ struct Problem {
     }
   }
 
+  // All but the outputs and the options of decode_attention.
+  DecodeAttentionParams params() {
+    DecodeAttentionParams p{};
+    p.cache = cache.view();
+    p.q = q.view();
+    p.k_window = k_window.view();
+    p.v_window = v_window.view();
+    p.window_positions = window_positions.data();
+    p.num_heads = c.kv_heads * c.groups;
+    p.q_len = c.q_len;
+    p.window_len = c.window_len;
+    p.q_start = &c.q_start;
+    p.softmax_scale = SOFTMAX_SCALE;
+    p.sliding_window = c.sliding_window;
+    return p;
+  }
+
   // Page ids behind the last page must not be followed.
   void poison() {
     for (int head = 0; head < c.batch * c.kv_heads; ++head) {
@@ -185,29 +204,17 @@ inline double tolerance_of(Precision precision) {
 inline void check_decode(Problem& problem, const KernelTable& kernels, int threads, bool with_mass,
                          Precision precision = Precision::FLOAT32) {
   const Case& c = problem.c;
-  const float scale = 0.1f;
   Dense out(c.dtype, c.batch, c.kv_heads * c.groups, c.q_len, c.head_dim);
   std::fill(out.bytes.begin(), out.bytes.end(), 0xff);
   std::vector<float> lse(c.batch * c.kv_heads * c.groups * c.q_len, NAN);
   const int64_t heads = c.batch * c.kv_heads;
   std::vector<float> mass(heads * problem.cache.num_tiers() * problem.cache.max_pages * PAGE_SIZE);
   std::vector<float> window_mass(heads * c.window_len + 1);
-  DecodeAttentionParams p{};
-  p.cache = problem.cache.view();
-  p.q = problem.q.view();
-  p.k_window = problem.k_window.view();
-  p.v_window = problem.v_window.view();
-  p.window_positions = problem.window_positions.data();
+  DecodeAttentionParams p = problem.params();
   p.out = out.bytes.data();
   p.lse = lse.data();
   p.mass = with_mass ? mass.data() : nullptr;
   p.window_mass = with_mass ? window_mass.data() : nullptr;
-  p.num_heads = c.kv_heads * c.groups;
-  p.q_len = c.q_len;
-  p.window_len = c.window_len;
-  p.q_start = c.q_start;
-  p.softmax_scale = scale;
-  p.sliding_window = c.sliding_window;
   p.precision = precision;
   kernels.decode_attention(p, testing::parallel(threads));
   const double arithmetic = tolerance_of(precision);
@@ -216,7 +223,7 @@ inline void check_decode(Problem& problem, const KernelTable& kernels, int threa
                                                                       : 1e-3);
   for (int head = 0; head < heads; ++head) {
     const int b = head / c.kv_heads, h = head % c.kv_heads;
-    const Oracle expected = attend(c, problem.keys[head], problem.q, b, h, scale);
+    const Oracle expected = attend(c, problem.keys[head], problem.q, b, h, SOFTMAX_SCALE);
     const int64_t first = out.index(b, h * c.groups, 0);
     for (size_t i = 0; i < expected.out.size(); ++i) {
       CHECK(is_close(out.get(first + i), expected.out[i], tolerance),
@@ -231,6 +238,35 @@ inline void check_decode(Problem& problem, const KernelTable& kernels, int threa
   }
 }
 
+// One call whose arguments stay while memory changes: the window's slots have the positions that
+// their tokens will have, and hold NaN until the query reaches them.
+inline void check_steps(const KernelTable& kernels) {
+  Problem problem({1, 2, 2, 64, DType::BFLOAT16, 1, 70, 150, 0}, {4}, {130}, Levels::GAUSSIAN);
+  const int64_t window_len = problem.c.window_len, first = 140;
+  for (int64_t i = 0; i < window_len; ++i) {
+    int32_t& position = problem.window_positions[i];
+    if (position >= 0) position = static_cast<int32_t>(first + i);
+    for (Keys& keys : problem.keys) {
+      keys.positions[keys.positions.size() - window_len + i] = position;
+    }
+  }
+  const Dense k = problem.k_window, v = problem.v_window;
+  for (int64_t now : {first, first + 11, first + 64, first + window_len - 1}) {
+    problem.c.q_start = now;
+    problem.k_window.bytes = k.bytes;
+    problem.v_window.bytes = v.bytes;
+    for (int64_t i = now - first + 1; i < window_len; ++i) {
+      for (int64_t h = 0; h < problem.c.kv_heads; ++h) {
+        for (int d = 0; d < problem.c.head_dim; ++d) {
+          problem.k_window.set(k.index(0, h, i) + d, NAN);
+          problem.v_window.set(v.index(0, h, i) + d, NAN);
+        }
+      }
+    }
+    check_decode(problem, kernels, 2, true);
+  }
+}
+
 // With and without a given log-sum-exp.
 inline void check_attention_mass(const KernelTable& kernels) {
   for (int64_t sliding : {0, 30}) {
@@ -242,11 +278,11 @@ inline void check_attention_mass(const KernelTable& kernels) {
       kernels.attention_mass(
           {problem.q.view(), problem.k_window.view(), problem.window_positions.data(),
            given ? lse.data() : nullptr, mass.data(), c.batch, c.kv_heads * c.groups, c.kv_heads,
-           c.head_dim, c.q_len, c.window_len, c.q_start, 0.1f, sliding},
+           c.head_dim, c.q_len, c.window_len, &c.q_start, SOFTMAX_SCALE, sliding},
           testing::parallel(3));
       for (int head = 0; head < c.batch * c.kv_heads; ++head) {
         const int b = head / c.kv_heads, h = head % c.kv_heads;
-        Oracle expected = attend(c, problem.keys[head], problem.q, b, h, 0.1f);
+        Oracle expected = attend(c, problem.keys[head], problem.q, b, h, SOFTMAX_SCALE);
         if (given) {
           // A constant lse turns the mass into a sum of exponentials: check one key only.
           std::fill(expected.mass.begin(), expected.mass.end(), 0.0);
@@ -256,7 +292,7 @@ inline void check_attention_mass(const KernelTable& kernels) {
             const int64_t at = problem.q.index(b, h * c.groups, row);
             double dot = 0;
             for (int d = 0; d < c.head_dim; ++d) dot += problem.q.get(at + d) * keys.k[0][d];
-            expected.mass[0] += std::exp(dot * 0.1f - 1.5);
+            expected.mass[0] += std::exp(dot * SOFTMAX_SCALE - 1.5);
           }
         }
         for (int64_t i = 0; i < (given ? 1 : c.window_len); ++i) {

@@ -160,7 +160,8 @@ int main(int argc, char** argv) {
   p.mass = with_mass ? mass.data() : nullptr;
   p.num_heads = NUM_HEADS;
   p.q_len = q_len;
-  p.q_start = kv_len;
+  const int64_t q_start = kv_len;
+  p.q_start = &q_start;
   p.softmax_scale = 0.088f;
   p.precision = static_cast<Precision>(precision);
   const Parallel parallel{run_threads, num_threads};

@@ -54,8 +54,11 @@ void test_mixed_tiers() {
   }
 }
 
-void test_attention_mass() {
-  for (const KernelTable* kernels : testing::all_kernels()) check_attention_mass(*kernels);
+void test_steps_and_mass() {
+  for (const KernelTable* kernels : testing::all_kernels()) {
+    check_steps(*kernels);
+    check_attention_mass(*kernels);
+  }
 }
 
 }  // namespace
@@ -63,6 +66,6 @@ void test_attention_mass() {
 int main() {
   test_decode();
   test_mixed_tiers();
-  test_attention_mass();
+  test_steps_and_mass();
   return testing::report("attention");
 }

@@ -51,6 +51,7 @@ void test_mixed_tiers() {
 int main() {
   test_tiers();
   test_mixed_tiers();
+  check_steps(CUDA);
   check_attention_mass(CUDA);
   return testing::report("test_simt_attention");
 }

@@ -87,21 +87,11 @@ Bytes attend(Problem& problem) {
   Dense out(c.dtype, c.batch, c.kv_heads * c.groups, c.q_len, c.head_dim);
   std::vector<float> lse(rows), window_mass(heads * c.window_len);
   std::vector<float> mass(heads * cache.num_tiers() * cache.max_pages * PAGE_SIZE);
-  DecodeAttentionParams p{};
-  p.cache = problem.cache.view();
-  p.q = problem.q.view();
-  p.k_window = problem.k_window.view();
-  p.v_window = problem.v_window.view();
-  p.window_positions = problem.window_positions.data();
+  DecodeAttentionParams p = problem.params();
   p.out = out.bytes.data();
   p.lse = lse.data();
   p.mass = mass.data();
   p.window_mass = window_mass.data();
-  p.num_heads = c.kv_heads * c.groups;
-  p.q_len = c.q_len;
-  p.window_len = c.window_len;
-  p.q_start = c.q_start;
-  p.softmax_scale = 0.1f;
   p.precision = Precision::AUTO;
   CUDA.decode_attention(p, testing::parallel());
   Bytes bytes;
@@ -130,10 +120,11 @@ Bytes run_attention() {
   return bytes;
 }
 
-// Lengths and page ids that lead out of the cache.
+// Lengths and page ids that lead out of the cache, a position that leads out of int32.
 Bytes run_wrong_values() {
   Problem problem({1, 2, 1, 64, DType::FLOAT16, 1, 0, 700, 0}, {4}, {150}, Levels::GAUSSIAN);
   problem.cache.seqlens = {INT32_MAX, -5};
+  problem.c.q_start = INT64_MAX;
   for (size_t i = 0; i < problem.cache.table.size(); ++i) {
     problem.cache.table[i] = i % 2 == 0 ? INT32_MAX : INT32_MIN;
   }

@@ -11,13 +11,22 @@
 namespace smartkv::binding {
 namespace {
 
-// Arguments that place queries among keys. The last query position must fit an int32.
-void check_query(int64_t q_len, int64_t q_start, double softmax_scale, int64_t sliding_window) {
+// Arguments that place queries among keys; returns q_start, which a kernel may read. The last query
+// position must fit an int32.
+const int64_t* check_query(const Place& place, int64_t q_len, const Tensor& q_start,
+                           double softmax_scale, int64_t sliding_window) {
   check_int32(q_len, "q_len", 1);
-  check_int32(q_start, "q_start", 0);
-  check_int32(q_start + q_len, "q_start + q_len", 1);
+  place.check(q_start, "q_start");
+  check_dtype(q_start, "q_start", ScalarType::Long);
+  check_shape(q_start, "q_start", {1}, "(1,)");
+  const int64_t* const start = q_start.const_data_ptr<int64_t>();
+  if (place.has_readable_values()) {
+    check_int32(*start, "q_start", 0);
+    check_int32(*start + q_len, "q_start + q_len", 1);
+  }
   check(std::isfinite(softmax_scale), "softmax_scale must be finite; got ", softmax_scale);
   check(sliding_window >= 0, "sliding_window must be at least 0 (0: none); got ", sliding_window);
+  return start;
 }
 
 int check_num_heads(int64_t num_heads, int64_t num_kv_heads) {
@@ -36,7 +45,7 @@ void check_read_pages(const PagedInput& input) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
     const Tensor& q, const std::vector<Tensor>& pools, const Tensor& block_table,
     const Tensor& cache_seqlens, const Tensor& k_mean, const Tensor& k_window,
-    const Tensor& v_window, const Tensor& window_positions, int64_t q_start,
+    const Tensor& v_window, const Tensor& window_positions, const Tensor& q_start,
     const std::vector<int64_t>& tier_bits, StringHandle levels, double softmax_scale,
     int64_t sliding_window, bool return_mass, StringHandle precision) {
   const Levels level_kind = take_levels(levels);
@@ -56,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
   check_shape(q, "q", {batch, num_heads, q_len, cache.head_dim},
               "(batch, num_heads, q_len, head_dim)");
   params.num_heads = check_num_heads(num_heads, num_kv_heads);
-  check_query(q_len, q_start, softmax_scale, sliding_window);
+  params.q_start = check_query(place, q_len, q_start, softmax_scale, sliding_window);
   const int64_t window_len = check_int32(k_window.size(2), "window_len", 0);
   const Shape window = {batch, num_kv_heads, window_len, cache.head_dim};
   check_shape(k_window, "k_window", window, "(batch, num_kv_heads, window_len, head_dim)");
@@ -81,7 +90,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
   params.window_mass = return_mass ? window_mass.mutable_data_ptr<float>() : nullptr;
   params.q_len = q_len;
   params.window_len = window_len;
-  params.q_start = q_start;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.sliding_window = sliding_window;
   params.precision = least_precision;
@@ -89,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
   return {out, lse, mass, window_mass};
 }
 
-Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_positions, int64_t q_start,
-                      double softmax_scale, int64_t sliding_window,
+Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_positions,
+                      const Tensor& q_start, double softmax_scale, int64_t sliding_window,
                       const std::optional<Tensor>& lse) {
   const Place place(q, "q");
   const DType dtype = float_dtype(q, "q");
@@ -107,7 +115,7 @@ Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_position
   params.head_dim = check_head_dim(sizes[3]);
   params.q_len = sizes[2];
   params.kv_len = check_int32(kv_len, "kv_len", 0);
-  check_query(sizes[2], q_start, softmax_scale, sliding_window);
+  params.q_start = check_query(place, sizes[2], q_start, softmax_scale, sliding_window);
   const Tensor positions = dense_input(place, k_positions, "k_positions", ScalarType::Int,
                                        {sizes[0], kv_len}, "(batch, kv_len)");
   params.k_positions = positions.const_data_ptr<int32_t>();
@@ -117,7 +125,6 @@ Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_position
                           "(batch, num_heads, q_len)");
     params.lse = row_lse->const_data_ptr<float>();
   }
-  params.q_start = q_start;
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.sliding_window = sliding_window;
   const Tensor mass =

@@ -15,12 +15,12 @@ STABLE_TORCH_LIBRARY(smartkv, m) {
       "str levels) -> ()");
   m.def(
       "decode_attention(Tensor q, Tensor[] pools, Tensor block_table, Tensor cache_seqlens, "
-      "Tensor k_mean, Tensor k_window, Tensor v_window, Tensor window_positions, int q_start, "
+      "Tensor k_mean, Tensor k_window, Tensor v_window, Tensor window_positions, Tensor q_start, "
       "int[] tier_bits, str levels, float softmax_scale, int sliding_window=0, "
       "bool return_mass=False, str precision=\"auto\") -> (Tensor out, Tensor lse, Tensor mass, "
       "Tensor window_mass)");
   m.def(
-      "attention_mass(Tensor q, Tensor k, Tensor k_positions, int q_start, float softmax_scale, "
+      "attention_mass(Tensor q, Tensor k, Tensor k_positions, Tensor q_start, float softmax_scale, "
       "int sliding_window=0, Tensor? lse=None) -> Tensor");
   m.def(
       "select_kv(Tensor scores, Tensor current, Tensor budgets, int[] page_bytes, "

@@ -37,7 +37,7 @@ def tiny(monkeypatch):
         ids = [sum(map(ord, text[i : i + 3])) % 64 for i in range(0, len(text), 3)]
         return SimpleNamespace(input_ids=torch.tensor([ids]))
 
-    monkeypatch.setattr(bench.generate_task, "load", lambda name, dtype: (model, tokenizer))
+    monkeypatch.setattr(bench.generate_task, "load", lambda name, dtype, device: (model, tokenizer))
     return model
 
 

@@ -72,7 +72,7 @@ def decode_args() -> dict[str, Any]:
         "k_window": torch.randn(2, 2, 7, 64),
         "v_window": torch.randn(2, 2, 7, 64),
         "window_positions": torch.arange(7).int().repeat(2, 1),
-        "q_start": 200,
+        "q_start": torch.tensor([200]),
         "softmax_scale": 0.1,
         "sliding_window": 0,
     }
@@ -83,7 +83,7 @@ def mass_args() -> dict[str, Any]:
         "q": torch.randn(2, 4, 3, 64),
         "k": torch.randn(2, 2, 9, 64),
         "k_positions": torch.arange(9).int().repeat(2, 1),
-        "q_start": 6,
+        "q_start": torch.tensor([6]),
         "softmax_scale": 0.1,
         "sliding_window": 0,
         "lse": torch.zeros(2, 4, 3),

@@ -42,8 +42,36 @@ def test_compile_decode_attention() -> None:
     assert torch.equal(compiled(args), step(args))
 
 
+def test_compile_decode_step() -> None:
+    """One graph serves all steps: what changes is in tensors of the same shapes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    args = decode_args()
+    positions = torch.arange(200, 207).int().repeat(2, 1)
+
+    def step(q: torch.Tensor, q_start: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        for window in (args["k_window"], args["v_window"]):
+            window.index_copy_(2, slot, q[:, ::2])
+        step_args = {**args, "q": q, "window_positions": positions, "q_start": q_start}
+        return torch.tanh(ops.decode_attention(**step_args)[0])
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    outs = []
+    for i in range(7):
+        now = (torch.randn(2, 4, 1, 64), torch.tensor([200 + i]), torch.tensor([i]))
+        outs.append(compiled(*now))
+        assert torch.equal(outs[-1], step(*now))
+    assert counter.frame_count == 1
+
+
+def test_an_int_is_a_position() -> None:
+    args = decode_args()
+    expected = ops.decode_attention(**args)
+    for ours, want in zip(ops.decode_attention(**{**args, "q_start": 200}), expected, strict=True):
+        assert torch.equal(ours, want)
+
+
 def test_compile_decode_attention_over_a_growing_window() -> None:
-    """Two graphs serve all lengths of the window; q_start, an int of the schema, is compiled in."""
+    """Two graphs serve all lengths of the window."""
     counter = CompileCounterWithBackend("aot_eager")
     args = decode_args()
     rest = {name: args[name] for name in args if "window" not in name}

@@ -152,7 +152,7 @@ def test_scores(device: str) -> None:
 
 @pytest.mark.gpu
 def test_decode_step_is_captured_without_synchronisation() -> None:
-    """A CUDA graph of decode_attention follows lengths that change on the device."""
+    """A CUDA graph of decode_attention follows lengths and positions that change on the device."""
     cache = paged((4, 16), 128, torch.bfloat16, sizes=(130,))
     give_pages(cache)
     k_window, v_window, positions, total = window(cache, 64)
@@ -160,17 +160,19 @@ def test_decode_step_is_captured_without_synchronisation() -> None:
         {"k_window": k_window, "v_window": v_window, "window_positions": positions}, "cuda"
     )
     q = torch.randn(2, 8, 1, 128, dtype=torch.bfloat16, device="cuda")
-    ops.decode_attention(q, **args, q_start=total)
+    start = torch.tensor([total], device="cuda")
+    ops.decode_attention(q, **args, q_start=start)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = ops.decode_attention(q, **args, q_start=total)[0]
-        for length in (130, 65, 0, 192):
+            out = ops.decode_attention(q, **args, q_start=start)[0]
+        for length, position in ((130, total), (65, 40), (0, total), (192, 129)):
             args["cache_seqlens"].fill_(length)
+            start.fill_(position)
             graph.replay()
-            again = ops.decode_attention(q, **args, q_start=total)[0]
+            again = ops.decode_attention(q, **args, q_start=start)[0]
             assert torch.equal(torch.nan_to_num(out), torch.nan_to_num(again))
     finally:
         torch.cuda.set_sync_debug_mode("default")

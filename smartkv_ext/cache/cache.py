@@ -15,6 +15,7 @@ from smartkv_ext.reference.layout import BITS
 
 from . import serialize
 from .arrivals import score_arrivals
+from .clock import StepClock
 from .compress import compress
 from .config import CacheConfig, ModelGeometry, inverse_frequencies
 from .layer import SmartKVLayer
@@ -66,9 +67,9 @@ class SmartKVCache(Cache):
             sinks=sinks, window=window, scope=scope, levels=levels, mean_shift=mean_shift,
             precision=precision,
         )  # fmt: skip
-        super().__init__(
-            layers=[SmartKVLayer(self.smartkv_config, i) for i in range(self.smartkv_config.geometry.num_layers)]
-        )
+        num_layers = self.smartkv_config.geometry.num_layers
+        self.clock = StepClock(num_layers)
+        super().__init__(layers=[SmartKVLayer(self.smartkv_config, i, self.clock) for i in range(num_layers)])
 
     # -- transformers protocol -------------------------------------------------------------------------------------
 
@@ -98,11 +99,30 @@ class SmartKVCache(Cache):
         layer.softmax_scale = softmax_scale
         if layer_idx == len(self.layers) - 1:
             score_arrivals(self.layers)
+            self.clock.advance()
         if self.smartkv_config.scope != "global":
             if layer.is_due():
                 compress([layer], softmax_scale)
         elif layer_idx == len(self.layers) - 1:
             self._pack_if_due()
+
+    def step_kind(self) -> tuple[bool, ...] | None:
+        """What tells the next one-token step, if none of its tokens is padding, from others in more than values on the
+        device; None where it packs or allocates. Makes everything ready for it, so that steps of one kind launch the
+        same kernels on the same memory: a CUDA graph of one can be replayed for all, each followed by ``follow``.
+        """
+        kinds = [layer.step_kind() for layer in self.layers]
+        if any(kind is None for kind in kinds):
+            return None
+        for layer in self.layers:
+            layer.make_ready()
+        return tuple(bool(kind) for kind in kinds)
+
+    def follow(self) -> None:
+        """The host's part of a one-token step: a replay has done what happens on the device."""
+        self.clock.follow()
+        for layer in self.layers:
+            layer.follow()
 
     def _pack_if_due(self, force_recorded: bool = False) -> None:
         due = [

@@ -168,7 +168,7 @@ def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     itemsize = layer.dtype.itemsize
     dense = (config.num_sinks + sum(size)) * (config.dense_token_bytes(heads, itemsize) + 4)
     fixed = heads * (head_dim * 4 + 4 * len(config.quant.tiers))  # mean keys and record counts
-    fixed += sum(x.nbytes // batch for x in layer.state.values()) + 8  # and the count of row tokens
+    fixed += sum(x.nbytes // batch for x in layer.state.values()) + 24  # count of row tokens, position and slot
     if config.policy.decode_queries and layer.queries is not None:
         fixed += config.policy.decode_queries * layer.queries.shape[1] * head_dim * itemsize
     if per_row[0] >= UNLIMITED:

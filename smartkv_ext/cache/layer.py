@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from smartkv_ext import ops
 
+from .clock import POSITION, StepClock
 from .config import KEY_SCORE, CacheConfig
 from .meter import RECEIVED, RECENT, AttentionMeter
 from .store import PagedStore
@@ -31,9 +32,9 @@ class SmartKVLayer(CacheLayerMixin):
     meter: AttentionMeter
     row_tokens: torch.Tensor  # (batch,) int64: tokens that are not padding
 
-    def __init__(self, config: CacheConfig, layer_idx: int) -> None:
+    def __init__(self, config: CacheConfig, layer_idx: int, clock: StepClock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.clock = config, layer_idx, clock
         self.sliding_window = config.geometry.sliding_windows[layer_idx]
         self.is_sliding = self.sliding_window > 0
         self._clear()
@@ -224,11 +225,18 @@ class SmartKVLayer(CacheLayerMixin):
             if pre_rope is None:
                 raise RuntimeError(f"policy {self.config.policy.name!r} needs pre-RoPE keys and the model gave none")
             new["pre_rope"] = pre_rope
-        self.window.append(new, self.seen, valid)
+        if k.shape[2] == 1 and valid is None:
+            self.window.append_one(new, self.seen, self._slot(self.window.used))
+        else:
+            self.window.append(new, self.seen, valid)
         if self.config.policy.scores_keys:
             self._arrive(pre_rope, v)
         self.seen += k.shape[2]
         self.row_tokens += k.shape[2] if valid is None else valid.sum(1)
+
+    def _slot(self, slot: int) -> torch.Tensor:
+        """(1,) int64 of a slot of the window."""
+        return self.clock.entry(self.device, 1 + POSITION + self.layer_idx, slot)
 
     def _arrive(self, pre_rope: torch.Tensor | None, v: torch.Tensor) -> None:
         """Score new tokens, or leave that to the end of the forward if they are few: then all layers are one launch."""
@@ -241,21 +249,46 @@ class SmartKVLayer(CacheLayerMixin):
 
     def write_key_scores(self, scores: torch.Tensor) -> None:
         """scores (batch, num_kv_heads, q_len) of the newest tokens."""
-        self.window.held(KEY_SCORE)[:, :, -scores.shape[2] :, 0] = scores
+        if scores.shape[2] == 1:
+            self.window.buffers[KEY_SCORE].index_copy_(2, self._slot(self.window.used - 1), scores[..., None])
+        else:
+            self.window.held(KEY_SCORE)[:, :, -scores.shape[2] :, 0] = scores
         self.arrived = None
 
     def attend(
         self, q: torch.Tensor, softmax_scale: float, return_mass: bool = False, q_start: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Attention of q_len queries (default: the newest) over everything held; see ops.decode_attention."""
-        window, store = self.window, self.store
-        q_start = self.seen - q.shape[2] if q_start is None else q_start
+        buffers, store = self.window.buffers, self.store
+        start = self.clock.entry(self.device, POSITION, self.seen - q.shape[2] if q_start is None else q_start)
         return ops.decode_attention(
             q, store.pools, store.block_table, store.cache_seqlens, store.k_mean,
-            window.held("k"), window.held("v"), window.held_positions(),
-            q_start, self.config.quant.tiers, self.config.quant.levels, softmax_scale,
+            buffers["k"], buffers["v"], self.window.positions,
+            start, self.config.quant.tiers, self.config.quant.levels, softmax_scale,
             self.sliding_window, return_mass, self.config.precision,
         )  # fmt: skip
+
+    def step_kind(self) -> bool | None:
+        """Whether the next token's query counts in "recent" sums; None where its step packs or changes a shape."""
+        if not self.is_initialized or self.recording or self.window.used + 1 >= self.capacity:
+            return None
+        keep = self.config.policy.decode_queries
+        if keep and (self.queries is None or self.queries.shape[2] != keep):
+            return None
+        return self.window.used + 1 > self.capacity - self.config.policy.recent_queries
+
+    def make_ready(self) -> None:
+        """Room for a token, and what the device must know before it comes."""
+        self.window.make_ready(self.seen, 1)
+        self._slot(self.window.used)
+        self.clock.entry(self.device, POSITION, self.seen)
+
+    def follow(self) -> None:
+        """The host's part of a one-token step."""
+        if self.step_kind():
+            self.recent_count += 1
+        self.window.follow()
+        self.seen += 1
 
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
@@ -264,8 +297,11 @@ class SmartKVLayer(CacheLayerMixin):
         if self.is_due():  # packing lets go of all but ``decode_queries`` of them
             keep = max(keep, min(q.shape[2], policy.prefill_queries))
         if keep:
-            past = q if self.queries is None else torch.cat([self.queries, q], 2)
-            self.queries = past[:, :, -keep:].clone()
+            past = (q if self.queries is None else torch.cat([self.queries, q], 2))[:, :, -keep:]
+            if self.queries is not None and self.queries.shape == past.shape:
+                self.queries.copy_(past)  # in place: a replayed step finds it where it was
+            else:
+                self.queries = past.clone()
 
     def attend_new(self, q: torch.Tensor, softmax_scale: float) -> torch.Tensor:
         """(batch, num_heads, q_len, head_dim) attention of the newest queries; measured if the policy accumulates."""
@@ -277,7 +313,7 @@ class SmartKVLayer(CacheLayerMixin):
             out.append(o)
             for name in names:
                 self.meter.add(name, mass)
-                self.window.held(name)[..., 0] += window_mass
+                self.window.buffers[name][..., 0] += window_mass
         return out[0] if len(out) == 1 else torch.cat(out, 2)
 
     def measure_prefill(self, q: torch.Tensor, softmax_scale: float) -> None:

@@ -83,10 +83,11 @@ def report(layers: list[SmartKVLayer]) -> CacheReport:
     active = [layer for layer in layers if layer.is_initialized]
     if not active:
         return CacheReport(0, 0, {}, 0, {}, 0)
+    first = active[0]
     for layer in active:
         for name, size in layer_parts(layer).items():
             parts[name] = parts.get(name, 0) + size
-    first = active[0]
+    parts["lengths"] += first.clock.nbytes
     batch, heads = first.window.shape[:2]
     head_dim = first.config.geometry.head_dim
     rows = [int(layer.row_tokens.sum()) for layer in active]

@@ -13,6 +13,9 @@ class DenseWindow:
     ``buffers`` are (batch, num_kv_heads, capacity, head_dim) tensors by name: "k", "v" and, for policies that score it,
     "pre_rope" (the key before its rotation). ``sums`` are further buffers (batch, num_kv_heads, capacity, 1) float32,
     which start at 0 for every token.
+
+    Slots that wait for a token have the position that it will have, so that a decode step writes keys and values alone;
+    attention does not see them, since they lie in the future of every query.
     """
 
     def __init__(
@@ -24,6 +27,7 @@ class DenseWindow:
         self.positions = torch.full((shape[0], shape[2]), -1, dtype=torch.int32, device=device)
         self.used = 0
         self.sink_slots = 0
+        self._ready: int | None = None  # position that the next token must have for the waiting slots to be right
 
     @property
     def shape(self) -> torch.Size:
@@ -42,17 +46,40 @@ class DenseWindow:
         """Add q_len tokens at positions start, start + 1, ...; ``valid`` (batch, q_len) False marks padding."""
         q_len = new["k"].shape[2]
         begin, end = self.used, self.used + q_len
-        if end > self.shape[2]:
-            self._resize(end)
+        self.make_ready(start, q_len)
         for name, buffer in self.buffers.items():
             slots = buffer[:, :, begin:end]
             slots.copy_(new[name]) if name in new else slots.zero_()
-        if q_len == 1 and valid is None:
-            self.positions[:, begin].fill_(start)
-        else:
-            positions = torch.arange(start, start + q_len, dtype=torch.int32, device=self.positions.device)
-            self.positions[:, begin:end] = positions if valid is None else torch.where(valid, positions, -1)
-        self.used = end
+        if valid is not None:
+            self.positions[:, begin:end].masked_fill_(~valid, -1)
+        self._use(q_len)
+
+    def append_one(self, new: dict[str, torch.Tensor], start: int, slot: torch.Tensor) -> None:
+        """``append`` of one token that is no padding; ``slot`` (1,) int64 holds ``used``. What the device does depends
+        on no number of the host.
+        """
+        self.make_ready(start, 1)
+        for name, buffer in self.buffers.items():
+            buffer.index_copy_(2, slot, new[name]) if name in new else buffer.index_fill_(2, slot, 0)
+        self._use(1)
+
+    def make_ready(self, start: int, tokens: int) -> None:
+        """Room for ``tokens`` more at positions start, start + 1, ...; nothing to do for most decode steps."""
+        if self.used + tokens > self.shape[2]:
+            self._resize(self.used + tokens)
+        if self._ready != start:
+            waiting = self.positions[:, self.used :]
+            waiting.copy_(torch.arange(start, start + waiting.shape[1], dtype=torch.int32, device=waiting.device))
+            self._ready = start
+
+    def _use(self, tokens: int) -> None:
+        self.used += tokens
+        assert self._ready is not None
+        self._ready += tokens
+
+    def follow(self) -> None:
+        """The host's part of ``append_one``: a replay has done the rest."""
+        self._use(1)
 
     def _resize(self, capacity: int) -> None:
         pad = capacity - self.shape[2]
@@ -61,6 +88,7 @@ class DenseWindow:
             grown[:, :, : self.used] = buffer[:, :, : self.used]
             self.buffers[name] = grown
         self.positions = F.pad(self.positions, (0, pad), value=-1)
+        self._ready = None
 
     def leaving(self, window: int, num_sinks: int) -> tuple[int, torch.Tensor]:
         """How many of the oldest slots fall out of a window of ``window`` tokens, and which of those are sinks.
@@ -89,13 +117,14 @@ class DenseWindow:
         positions = self.positions.new_full((self.positions.shape[0], capacity), -1)
         positions[:, :num_sinks] = torch.where(is_sink, self.positions.gather(1, order), -1)
         positions[:, num_sinks:kept] = self.positions[:, outside : self.used]
-        self.positions, self.used, self.sink_slots = positions, kept, num_sinks
+        self.positions, self.used, self.sink_slots, self._ready = positions, kept, num_sinks, None
 
     def crop(self, length: int, removed: int, capacity: int) -> None:
         """Forget the ``removed`` newest slots and whatever else is at positions >= length; shrink towards
         ``capacity``."""
         self.used = max(self.used - removed, self.sink_slots)
         self.positions[:, self.used :] = -1
+        self._ready = None
         self.positions.masked_fill_(self.positions >= length, -1)
         capacity = max(capacity, self.used)
         if capacity < self.shape[2]:

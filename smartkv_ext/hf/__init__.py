@@ -1,5 +1,6 @@
 """Integration into stock transformers models."""
 
 from .patching import PatchHandle, patch
+from .replay import ReplayedDecoder
 
-__all__ = ["PatchHandle", "patch"]
+__all__ = ["PatchHandle", "ReplayedDecoder", "patch"]

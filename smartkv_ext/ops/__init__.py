@@ -2,7 +2,8 @@
 
 Shapes name their axes; ``n`` is a number of tokens. A tensor that an op refuses raises RuntimeError (ValueError for
 bits, levels, head_dim and dtypes that are checked here) with the argument's name, what came and what is accepted; no
-argument has been changed then. No op has a gradient. Tensors must be on the CPU, but for merge_states.
+argument has been changed then. No op has a gradient. All tensors of a call are on the CPU or on one CUDA
+device.
 """
 
 from __future__ import annotations

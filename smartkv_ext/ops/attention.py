@@ -14,6 +14,10 @@ _attention_mass = torch.ops.smartkv.attention_mass.default
 _merge_states = torch.ops.smartkv.merge_states.default
 
 
+def _position(q_start: Tensor | int, q: Tensor) -> Tensor:
+    return torch.full((1,), q_start, dtype=torch.int64, device=q.device) if isinstance(q_start, int) else q_start
+
+
 def decode_attention(
     q: Tensor,
     pools: Sequence[Tensor],
@@ -23,7 +27,7 @@ def decode_attention(
     k_window: Tensor,
     v_window: Tensor,
     window_positions: Tensor,
-    q_start: int,
+    q_start: Tensor | int,
     tier_bits: Sequence[int],
     levels: str = "gaussian",
     softmax_scale: float | None = None,
@@ -45,8 +49,10 @@ def decode_attention(
         cache_seqlens: (batch, num_kv_heads, num_tiers) int32, records per list.
         k_mean: (batch, num_kv_heads, head_dim), float32.
         k_window, v_window: (batch, num_kv_heads, window_len, head_dim), dtype of q; window_len may be 0.
-        window_positions: (batch, window_len) int32; -1: the slot holds no token and its values may be NaN.
-        q_start: position of the first query.
+        window_positions: (batch, window_len) int32; values of a slot that no query sees may be NaN. -1: the slot
+            holds no token. A slot that waits for a token may have the position that the token will have.
+        q_start: (1,) int64, position of the first query. Kernels read it where it is, so a CUDA graph or a compiled
+            step serves all positions. An int is put on the device of q first, which a graph would freeze.
         tier_bits: ascending, each 2, 3, 4, 8 or 16.
         levels: "gaussian" or "uniform", as the pages were written.
         softmax_scale: default head_dim ** -0.5.
@@ -77,7 +83,7 @@ def decode_attention(
         k_window,
         v_window,
         window_positions,
-        q_start,
+        _position(q_start, q),
         tier_bits,
         levels,
         softmax_scale,
@@ -91,7 +97,7 @@ def attention_mass(
     q: Tensor,
     k: Tensor,
     k_positions: Tensor,
-    q_start: int,
+    q_start: Tensor | int,
     softmax_scale: float,
     sliding_window: int = 0,
     lse: Tensor | None = None,
@@ -112,15 +118,13 @@ def attention_mass(
     Raises:
         RuntimeError: any argument.
     """
-    return _attention_mass(q, k, k_positions, q_start, softmax_scale, sliding_window, lse)  # type: ignore[no-any-return]
+    start = _position(q_start, q)
+    return _attention_mass(q, k, k_positions, start, softmax_scale, sliding_window, lse)  # type: ignore[no-any-return]
 
 
 def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention results over disjoint sets of keys into the result over their union (flash-decoding's reduction):
     ``lse = logsumexp_s lse_s``, ``o = sum_s exp(lse_s - lse) o_s``.
-
-    The only op with a CUDA kernel so far, in builds that found nvcc. That kernel has been compiled for sm_80 and sm_90
-    and has not yet been run on a GPU.
 
     Args:
         o: (num_states, ..., head_dim), float32, bfloat16 or float16.

@@ -23,7 +23,7 @@ def decode_attention(
     k_window: torch.Tensor,
     v_window: torch.Tensor,
     window_positions: torch.Tensor,
-    q_start: int,
+    q_start: torch.Tensor | int,
     tier_bits: Sequence[int],
     levels: str,
     softmax_scale: float,
@@ -38,7 +38,7 @@ def decode_attention(
     lse = torch.full((batch, num_heads, q_len), -torch.inf, device=q.device)
     mass = torch.zeros(batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE, device=q.device)
     window_mass = torch.zeros(batch, num_kv_heads, k_window.shape[2], device=q.device)
-    q_positions = torch.arange(q_start, q_start + q_len, device=q.device)
+    q_positions = q_start + torch.arange(q_len, device=q.device)
     for b in range(batch):
         for h in range(num_kv_heads):
             keys, values, positions = [k_window[b, h].float()], [v_window[b, h].float()], [window_positions[b]]
@@ -84,14 +84,14 @@ def attention_mass(
     q: torch.Tensor,
     k: torch.Tensor,
     k_positions: torch.Tensor,
-    q_start: int,
+    q_start: torch.Tensor | int,
     softmax_scale: float,
     sliding_window: int = 0,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See smartkv_ext.ops.attention_mass."""
     groups = q.shape[1] // k.shape[1]
-    q_positions = torch.arange(q_start, q_start + q.shape[2], device=q.device)
+    q_positions = q_start + torch.arange(q.shape[2], device=q.device)
     position = k_positions[:, None, None, :]
     allowed = (position >= 0) & (position <= q_positions[:, None])
     if sliding_window > 0:

@@ -105,7 +105,8 @@ struct DecodeAttentionParams {
   float* window_mass;  // [batch, num_kv_heads, window_len] zero-filled, or nullptr
   int num_heads;
   int64_t q_len, window_len;
-  int64_t q_start;  // position of the first query; query i is at q_start + i
+  const int64_t* q_start;  // [1], beside the tensors: position of the first query; query i is at
+                           // q_start + i
   float softmax_scale;
   int64_t sliding_window;  // 0: none; else a key is seen while its position > query position -
                            // sliding_window
@@ -120,7 +121,8 @@ struct AttentionMassParams {
   float*
       mass;  // [batch, num_kv_heads, kv_len] zero-filled: summed over queries and the query group
   int batch, num_heads, num_kv_heads, head_dim;
-  int64_t q_len, kv_len, q_start;
+  int64_t q_len, kv_len;
+  const int64_t* q_start;  // [1], beside the tensors
   float softmax_scale;
   int64_t sliding_window;
 };

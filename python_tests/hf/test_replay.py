@@ -1,0 +1,170 @@
+"""Decode steps that are recorded once and replayed: the same calls with the same arguments, of which only the memory
+has changed. A CUDA graph does that on a GPU, a tape of the dispatched calls here."""
+
+import pytest
+import torch
+from gates.make_gates import usable
+from hf.tiny import prompts, tiny
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import smartkv_ext
+from smartkv_ext import ReplayedDecoder, SmartKVCache
+from smartkv_ext.policies import POLICIES
+
+
+class Tape(TorchDispatchMode):
+    """Records every call; ``replay`` makes them again and puts each result where the first one is."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, first in self.calls:
+            again = func(*args, **kwargs)
+            pairs = ((first, again),) if isinstance(first, torch.Tensor) else zip(first or (), again or (), strict=True)
+            for old, new in pairs:
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+class Recorder:
+    def __init__(self):
+        self.records = self.replays = 0
+
+    def __call__(self, call):
+        with Tape() as tape:
+            out = call()
+        self.records += 1
+
+        def replay():
+            self.replays += 1
+            tape.replay()
+
+        return out, replay
+
+
+def logits_of(model, cache, ids, prompt, position_ids=None):
+    """Of the tokens behind the prompt, one forward each."""
+    out = []
+    for i in range(prompt, ids.shape[1]):
+        at = None if position_ids is None else position_ids + i - prompt
+        out.append(model(ids[:, i : i + 1], past_key_values=cache, position_ids=at).logits[:, -1])
+    return torch.stack(out, 1)
+
+
+def test_a_frozen_number_shows():
+    """The tape is what a graph is: a number of the host stays as it was."""
+    x = torch.zeros(3)
+
+    def step(slot):
+        x[slot] += 1
+        return x * 2
+
+    with Tape() as tape:
+        out = step(1)
+    tape.replay()
+    assert x.tolist() == [0, 2, 0] and out.tolist() == [0, 4, 0]
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"map"}))
+def test_replayed_generation(name):
+    """Logits and the state of the cache, over several packing steps, are those of ordinary steps."""
+    model = tiny("qwen2", num_hidden_layers=2)
+    ids, _ = prompts(1, 380)
+    recorder = Recorder()
+    with smartkv_ext.patch(model), torch.no_grad():
+        caches = [SmartKVCache(model.config, budget=0.9, policy=usable(name, model), window=64) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :300], past_key_values=cache)
+        expected = logits_of(model, caches[0], ids, 300)
+        decoder = ReplayedDecoder(model, caches[1], record=recorder)
+        got = torch.stack([decoder.step(ids[:, i : i + 1]).clone() for i in range(300, 380)], 1)
+    assert torch.equal(got, expected)
+    assert recorder.records <= 8 and recorder.replays >= 60
+    for ours, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+        for owner, name in (("layer", "seen"), ("layer", "recent_count"), ("window", "used")):
+            mine, other = (x if owner == "layer" else x.window for x in (ours, theirs))
+            assert getattr(mine, name) == getattr(other, name)
+        assert torch.equal(ours.window.held("k"), theirs.window.held("k"))
+        assert torch.equal(ours.window.held_positions(), theirs.window.held_positions())
+        assert torch.equal(ours.store.positions(), theirs.store.positions())
+        assert torch.equal(ours.row_tokens, theirs.row_tokens)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_hybrid", "llama"])
+def test_replayed_batch_with_padding(kind):
+    model = tiny(kind)
+    ids, mask = prompts(3, 230)
+    prompt = 180
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with smartkv_ext.patch(model), torch.no_grad():
+        caches = [SmartKVCache(model.config, budget=0.5, window=32) for _ in range(2)]
+        for cache in caches:
+            model(
+                ids[:, :prompt], attention_mask=mask[:, :prompt], position_ids=positions[:, :prompt],
+                past_key_values=cache,
+            )  # fmt: skip
+        now = positions[:, prompt : prompt + 1]
+        expected = logits_of(model, caches[0], ids, prompt, now)
+        decoder = ReplayedDecoder(model, caches[1], now, Recorder())
+        got = torch.stack([decoder.step(ids[:, i : i + 1]).clone() for i in range(prompt, 230)], 1)
+    assert torch.equal(got, expected)
+
+
+def test_refuses_an_empty_cache():
+    model = tiny("qwen2", num_hidden_layers=1)
+    with smartkv_ext.patch(model), pytest.raises(ValueError, match="must hold the prompt"):
+        ReplayedDecoder(model, SmartKVCache(model.config))
+
+
+def test_compiled_steps_are_not_compiled_anew():
+    """The second step of a compiled model generalises, if anything; the ones behind it run what is there."""
+    model = tiny("qwen2", num_hidden_layers=2)
+    ids, _ = prompts(1, 190)
+    counter = CompileCounterWithBackend("eager")
+    with smartkv_ext.patch(model), torch.no_grad():
+        caches = [SmartKVCache(model.config, budget=0.5, window=32) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :150], past_key_values=cache)
+        expected = logits_of(model, caches[0], ids, 150)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=counter)
+        got, graphs = [], []
+        for i in range(150, 190):
+            at = torch.full((1, 1), i)
+            got.append(compiled(ids[:, i : i + 1], past_key_values=caches[1], position_ids=at).logits[:, -1])
+            graphs.append(counter.frame_count)
+    torch.testing.assert_close(torch.stack(got, 1), expected)
+    assert graphs[0] > 0
+    assert graphs[2] == graphs[-1], graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["keydiff", "h2o", "gate"])
+def test_cuda_graphs(name):
+    """Replayed as graphs on a GPU, with synchronisation forbidden while one is recorded or replayed."""
+    model = tiny("qwen2", num_hidden_layers=2)
+    policy = usable(name, model)
+    model, (ids, _) = model.to("cuda", torch.bfloat16), prompts(1, 380)
+    ids = ids.to("cuda")
+    with smartkv_ext.patch(model), torch.no_grad():
+        caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :300], past_key_values=cache)
+        expected = logits_of(model, caches[0], ids, 300)
+        decoder, got = ReplayedDecoder(model, caches[1]), []
+        for i in range(300, 380):
+            packs = caches[1].step_kind() is None
+            torch.cuda.set_sync_debug_mode("default" if packs else "error")
+            try:
+                got.append(decoder.step(ids[:, i : i + 1]).clone())
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(torch.stack(got, 1), expected)
