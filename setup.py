@@ -5,8 +5,8 @@
   built against the limited API, so a wheel of this package is an ordinary per-version wheel; ``_C`` in it is abi3.
 
 SMARTKV_CUDA=auto|1|0: CUDA kernels if nvcc is there | required | never. nvcc is called directly, because torch's
-CUDAExtension refuses to work on a CPU-only torch. SMARTKV_CUDA_ARCHS="80 90": what they are compiled for; the last also as
-PTX, for what comes after it. MAX_JOBS: compilers that run at a time.
+CUDAExtension refuses to work on a CPU-only torch. SMARTKV_CUDA_ARCHS="80 90": what they are compiled for; the last also
+as PTX, for what comes after it. MAX_JOBS: compilers that run at a time.
 """
 
 import os
@@ -47,6 +47,15 @@ def gencode():
     codes = [f"sm_{arch}" for arch in archs]
     codes[-1] = f"[{codes[-1]},compute_{archs[-1]}]"
     return " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in zip(archs, codes, strict=True))
+
+
+def static_runtime(nvcc):
+    """libcudart_static.a, wherever this toolkit keeps it."""
+    home = Path(nvcc).resolve().parents[1]
+    for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
+        if (home / folder / "libcudart_static.a").is_file():
+            return home / folder / "libcudart_static.a"
+    raise SystemExit(f"{home} has nvcc but no libcudart_static.a: install the development files of the CUDA runtime")
 
 
 def torch_dir():
@@ -137,7 +146,7 @@ class NinjaBuild(build_ext):
         # puts the weak CUDA stream symbol into scope. Where torch is CPU-only the symbol stays null.
         libs = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu"
         if nvcc:
-            libs += f" -L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart_static -lpthread -ldl -lrt"
+            libs += f" {static_runtime(nvcc)} -lpthread -ldl -lrt"
         n.build("_C.abi3.so", "link", bindings + kernels + core, variables={"libs": libs})
         module = objects("csrc/pybind/*.cpp", flags=f"{info} {python} {pybind11}")
         n.build(Path(self.get_ext_fullpath("smartkv_ext._core")).name, "link", module + core)

@@ -14,7 +14,7 @@ import torch
 import typer
 
 from bench import options
-from bench.operands import Packed, Tokens, uniform_cache
+from bench.operands import CPU, Packed, Tokens, uniform_cache
 from bench.quantize_kv import rival_calls
 from bench.session import Session
 from bench.timing import Work
@@ -37,9 +37,11 @@ def append_calls(session: Session, cache: Packed, new: Tokens) -> Work:
     return Work(calls, 2 * new.k.nbytes + records, restore=lambda i: lengths[i].copy_(start))
 
 
-def cache_with_room(kv_len: int, new: int, batch: int, kv_heads: int, head_dim: int, bits: int) -> Packed:
+def cache_with_room(
+    kv_len: int, new: int, batch: int, kv_heads: int, head_dim: int, bits: int, device: torch.device = CPU
+) -> Packed:
     """kv_len records per list, in pages that have room for ``new`` more."""
-    cache = uniform_cache(Tokens.random(batch, kv_heads, kv_len + new, head_dim), bits)
+    cache = uniform_cache(Tokens.random(batch, kv_heads, kv_len + new, head_dim, device), bits)
     cache.lengths.fill_(kv_len)
     return cache
 
@@ -60,8 +62,8 @@ def main(
 ) -> None:
     """Time one tier. 64 new tokens is what the cache packs at a time; many, with --kv-len 0, is a prefill."""
     session = Session.open("append_kv", device, threads, seconds, huge_pages, json, plot)
-    cache = cache_with_room(kv_len, new, batch, kv_heads, head_dim, bits)
-    tokens = Tokens.random(batch, kv_heads, new, head_dim)
+    cache = cache_with_room(kv_len, new, batch, kv_heads, head_dim, bits, session.device)
+    tokens = Tokens.random(batch, kv_heads, new, head_dim, session.device)
     case = {"bits": bits, "new": new, "kv_len": kv_len, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
     session.report(
         f"{bits} bit, {kv_heads} kv heads, head_dim {head_dim}, {new} tokens behind {kv_len}, batch {batch}",

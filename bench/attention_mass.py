@@ -24,8 +24,9 @@ def mass_calls(session: Session, q: torch.Tensor, k: torch.Tensor, lse: torch.Te
     """Calls on separate copies of the keys; the queries are the last of the sequence."""
     positions = torch.arange(k.shape[2], dtype=torch.int32, device=session.device).expand(len(k), -1).contiguous()
     q = q.to(session.device)
+    start = torch.tensor([k.shape[2] - q.shape[2]], device=session.device)
     calls = [
-        partial(ops.attention_mass, q, copy, positions, k.shape[2] - q.shape[2], q.shape[-1] ** -0.5, 0, lse)
+        partial(ops.attention_mass, q, copy, positions, start, q.shape[-1] ** -0.5, 0, lse)
         for copy in session.copies(k)[0]
     ]
     return Work(calls, k.nbytes)
@@ -67,7 +68,7 @@ def main(
     """Time one shape."""
     session = Session.open("attention_mass", device, threads, seconds, huge_pages, json, plot)
     q = torch.randn(batch, heads, q_len, head_dim).to(torch.bfloat16)
-    k = torch.randn(batch, kv_heads, kv_len, head_dim).to(torch.bfloat16)
+    k = torch.randn(batch, kv_heads, kv_len, head_dim, device=session.device).to(torch.bfloat16)
     # Any finite value costs the same; the true one is near log(kv_len).
     known = torch.full((batch, heads, q_len), 9.0, device=session.device) if lse else None
     case = {

@@ -7,8 +7,11 @@ from typing import Any
 from transformers import DynamicCache, QuantizedCache
 
 from bench.layer_times import TimedCache
+from smartkv_ext import SmartKVCache
 
-KINDS = 'dynamic, quanto:BITS, hqq:BITS, fp8, or smartkv:BUDGET such as "smartkv:0.125"'
+KINDS = (
+    'dynamic, quanto:BITS, hqq:BITS, fp8, smartkv:BUDGET such as "smartkv:0.125", or smartkv-graph:BUDGET (CUDA graphs)'
+)
 DEFAULT = ["dynamic", "quanto:4", "quanto:2", "hqq:4", "hqq:2", "fp8", "smartkv:0.5", "smartkv:0.25", "smartkv:0.125"]
 
 
@@ -23,6 +26,8 @@ def make_cache(kind: str, config: Any, policy: str = "keydiff") -> Any:
         return DynamicCache(config=config)
     if name == "smartkv" and value:
         return TimedCache(config, budget=value, policy=policy)
+    if name == "smartkv-graph" and value:
+        return SmartKVCache(config, budget=value, policy=policy)
     if name == "fp8":
         return QuantizedCache("fp8", config)
     if name in ("quanto", "hqq") and value:
@@ -33,6 +38,6 @@ def make_cache(kind: str, config: Any, policy: str = "keydiff") -> Any:
 
 def label(kind: str) -> str:
     """For tables: "DynamicCache", "quanto 4", "SmartKV 0.125"."""
-    names = {"dynamic": "DynamicCache", "smartkv": "SmartKV"}
+    names = {"dynamic": "DynamicCache", "smartkv": "SmartKV", "smartkv-graph": "SmartKV, graphs,"}
     name, _, value = kind.partition(":")
     return f"{names.get(name, name)} {value}".strip()

@@ -91,7 +91,7 @@ def main(
 ) -> None:
     """Time one tier."""
     session = Session.open("compact_kv", device, threads, seconds, huge_pages, json, plot)
-    cache = uniform_cache(Tokens.random(batch, kv_heads, kv_len, head_dim), bits)
+    cache = uniform_cache(Tokens.random(batch, kv_heads, kv_len, head_dim, session.device), bits)
     targets = random_targets(cache, keep)
     moved = moved_records(targets)
     case = {

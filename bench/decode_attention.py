@@ -31,10 +31,11 @@ def attention_calls(session: Session, cache: Packed, q: torch.Tensor, **keywords
     q = q.to(session.device)
     window = q.new_empty(batch, kv_heads, 0, head_dim)
     none = torch.empty(batch, 0, dtype=torch.int32, device=session.device)
+    start = torch.tensor([cache.q_start], device=session.device)
 
     def call(*pools: torch.Tensor) -> Any:
         return ops.decode_attention(
-            q, pools, table, lengths, mean, window, window, none, cache.q_start, cache.tier_bits, **keywords
+            q, pools, table, lengths, mean, window, window, none, start, cache.tier_bits, **keywords
         )
 
     return Work([partial(call, *pools) for pools in zip(*session.copies(*cache.pools), strict=True)], cache.num_bytes)
@@ -49,9 +50,9 @@ def relative_errors(
     dequantised ones rounded to bfloat16, and that rounding is not held against it.
     """
     bits, n, groups = cache.tier_bits[0], tokens.k.shape[2], q.shape[1] // tokens.k.shape[1]
-    pages = cache.pools[0].view(*cache.block_table.shape[:2], -1, cache.pools[0].shape[1])
+    pages = cache.pools[0].cpu().view(*cache.block_table.shape[:2], -1, cache.pools[0].shape[1])
     stored = torch.bfloat16 if bits == 16 else torch.float32
-    k, v = (x[:, :, :n] for x in ops.dequantize_kv(pages, cache.mean, q.shape[-1], bits, levels, stored))
+    k, v = (x[:, :, :n] for x in ops.dequantize_kv(pages, cache.mean.cpu(), q.shape[-1], bits, levels, stored))
     attend = attention_ways(groups)["folded matmul"]
 
     def exact(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -117,7 +118,7 @@ def measure(
     if extras["mix"]:
         batch, kv_heads, _, head_dim = tokens.k.shape
         for name, tiers in (("ragged", (bits,)), ("mix", BITS)):
-            mixed = mixed_cache(cache.num_bytes, batch, kv_heads, head_dim, tiers)
+            mixed = mixed_cache(cache.num_bytes, batch, kv_heads, head_dim, tiers, session.device)
             works[name] = attention_calls(session, mixed, q, **keywords)
     times = session.times(works, rivals)
     errors = None
@@ -150,7 +151,7 @@ def main(
     """Time one or several tiers. One tier: its fields at the top level of the JSON; several: a list, ``cases``."""
     session = Session.open("decode_attention", device, threads, seconds, huge_pages, json, plot)
     rivals = session.rivals(attention_rivals(session, batch, heads, kv_heads, q_len, kv_len, head_dim))
-    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim)
+    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim, session.device)
     q = torch.randn(batch, heads, q_len, head_dim).to(torch.bfloat16)
     keywords = {} if precision is None else {"precision": precision}
     extras = {"mix": mix, "mass": mass, "error": error}

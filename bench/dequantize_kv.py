@@ -38,9 +38,9 @@ def rival_calls(session: Session, tokens: Tokens, bits: int) -> dict[str, Work]:
         return {"copy": Work([lambda k=k, v=v: (k.clone(), v.clone()) for k, v in pairs])}
     works = {}
     for dtype in (torch.bfloat16, torch.float32):
-        rotation = rotation_matrix(tokens.k.shape[-1], dtype, torch.device("cpu"))
+        rotation = rotation_matrix(tokens.k.shape[-1], dtype, session.device)
         packed = quantize_eagerly(tokens.k, tokens.v, tokens.mean, bits, rotation)
-        mean, rotation = tokens.mean.to(session.device), rotation.to(session.device)
+        mean = tokens.mean.to(session.device)
         calls = [
             partial(dequantize_eagerly, *copy, mean, bits, rotation)
             for copy in zip(*session.copies(*packed), strict=True)
@@ -64,7 +64,7 @@ def main(
 ) -> None:
     """Time one tier."""
     session = Session.open("dequantize_kv", device, threads, seconds, huge_pages, json, plot)
-    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim)
+    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim, session.device)
     case = {"bits": bits, "kv_len": kv_len, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
     session.report(
         f"{bits} bit, {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, batch {batch}",

@@ -90,7 +90,7 @@ def main(
     """Time one shape."""
     session = Session.open("gate_score", device, threads, seconds, huge_pages, json, plot)
     sizes = (head_dim, *(hidden,) * (depth - 1), 1)
-    keys = torch.randn(layers, batch, kv_heads, kv_len, head_dim).to(torch.bfloat16)
+    keys = torch.randn(layers, batch, kv_heads, kv_len, head_dim, device=session.device).to(torch.bfloat16)
     weights, biases = random_gate(layers, kv_heads, sizes)
     work = gate_calls(session, keys, weights, biases)
     times = session.times({"gate_score": work}, session.rivals(rival_calls(session, keys, weights, biases)))

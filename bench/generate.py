@@ -3,10 +3,10 @@
 python -m bench.generate --model smollm2 --context 2048 4096 8192 --out results.jsonl
 python -m bench.generate --model FOLDER --dtype bfloat16 --context 8192 --cache dynamic --cache smartkv:0.125
 
-Every cache sees the same text and decodes the same tokens, in two processes of its own: one is timed, the other's
-memory is watched. With --out, each measurement is appended to a JSON-lines file; what is already there is not measured
-again, so an interrupted run continues. Only what was measured while other processes used the CPU is measured anew, and
-the newer line counts. quanto, hqq and fp8 are the backends of transformers' QuantizedCache (pip install optimum-quanto
+Every cache sees the same text and decodes the same tokens, on a CPU in two processes of its own: one is timed, the
+other's memory is watched. With --out, each measurement is appended to a JSON-lines file; what is already there is not
+measured again, so an interrupted run continues. Only what was measured while other processes used the CPU is measured
+anew, and the newer line counts. quanto, hqq and fp8 are the backends of transformers' QuantizedCache (pip install optimum-quanto
 hqq).
 """
 
@@ -25,13 +25,22 @@ from tqdm import tqdm
 
 from bench import options
 from bench.caches import DEFAULT, KINDS, label
+from bench.generate_task import Task
 from bench.output import show
 from bench.session import check_device
 from bench.timing import CALM
 
 
 def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure speed, then memory, each in a new process; a failure becomes the field ``error``."""
+    """Measure speed, then memory; a failure becomes the field ``error``. On a CPU each in a new process, for what one
+    leaves in the heap would be the other's memory; on a GPU in this one, since torch counts there, and starting costs.
+    """
+    if settings.get("device", "cpu") != "cpu":
+        try:
+            task = Task.of(settings)
+            return task.speed() | task.memory()
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     result: dict[str, Any] = {}
     for part in ("speed", "memory"):
         command = [sys.executable, "-m", "bench.generate_task", part, json.dumps(settings)]

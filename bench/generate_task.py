@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from bench.layer_times import TimedCache, attention_clock
 from bench.models import load, text_ids
 from bench.resident import CudaMemory, ResidentMemory
 from bench.timing import cpu_seconds_of_others
-from smartkv_ext import SmartKVCache
+from smartkv_ext import ReplayedDecoder, SmartKVCache
 
 WARM_UP = 96  # tokens
 PROBE = 8  # tokens decoded at the end with clocks around the attention modules
@@ -43,18 +44,27 @@ def prefill(network: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float:
     return now(ids.device) - start
 
 
-def decode(network: Any, cache: Any, ids: torch.Tensor, limit: float) -> tuple[list[float], float]:
+def plain_step(network: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(1, vocabulary) logits behind ids (1, 1)."""
+    logits: torch.Tensor = network(ids, past_key_values=cache).logits
+    return logits[:, -1]
+
+
+def decode(
+    network: Any, cache: Any, ids: torch.Tensor, limit: float, graphs: bool = False
+) -> tuple[list[float], float]:
     """(seconds of each step, mean negative log-likelihood of the true next tokens) for ids (1, n), n - 1 steps.
 
-    Stops after ``limit`` seconds, but not before four steps.
+    Stops after ``limit`` seconds, but not before four steps. With ``graphs`` steps are replayed where they can be.
     """
+    step = ReplayedDecoder(network, cache).step if graphs else partial(plain_step, network, cache)
     times: list[float] = []
     losses = []
     for i in range(ids.shape[1] - 1):
         start = now(ids.device)
-        logits = network(ids[:, i : i + 1], past_key_values=cache).logits[0, -1]
+        logits = step(ids[:, i : i + 1])
         times.append(now(ids.device) - start)
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, i + 1]).item())
+        losses.append(torch.nn.functional.cross_entropy(logits[0].float(), ids[0, i + 1]).item())
         if sum(times) > limit and len(times) >= 4:
             break
     return times, statistics.mean(losses)
@@ -84,22 +94,30 @@ class Task:
     threads: int
     device: str = "cpu"
 
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Task:
+        """From what bench.generate writes; other fields are ignored."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+
     def prepare(self, stack: contextlib.ExitStack) -> tuple[Any, torch.Tensor]:
         """(model, ids), the model patched if the cache needs it. A short run has warmed up thread pools and work
         buffers, and backends that compile themselves."""
-        network, tokenizer = load(self.model, self.dtype)
-        network = network.to(self.device)
+        network, tokenizer = load(self.model, self.dtype, self.device)
         ids = text_ids(tokenizer, self.context + self.tokens + PROBE + 1).to(self.device)
         if self.kind.startswith("smartkv"):
             stack.enter_context(smartkv_ext.patch(network))
         cache = self.cache(network)
         prefill(network, cache, ids[:, :WARM_UP], 0)
-        decode(network, cache, ids[:, WARM_UP : WARM_UP + 4], self.limit)
+        self.decode(network, cache, ids[:, WARM_UP : WARM_UP + 4])
         return network, ids
 
     def cache(self, network: Any) -> Any:
         """A new one."""
         return make_cache(self.kind, network.config, self.policy)
+
+    def decode(self, network: Any, cache: Any, ids: torch.Tensor) -> tuple[list[float], float]:
+        """See the function."""
+        return decode(network, cache, ids, self.limit, graphs=self.kind.startswith("smartkv-graph"))
 
     def next_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """(1, tokens + 1): what is decoded, and the last true next token."""
@@ -116,7 +134,7 @@ class Task:
                 cache.reset_clocks()
                 stack.enter_context(cache.timed_ops())
             wall, others = time.perf_counter(), cpu_seconds_of_others()
-            times, nll = decode(network, cache, self.next_tokens(ids), self.limit)
+            times, nll = self.decode(network, cache, self.next_tokens(ids))
             wall, others = time.perf_counter() - wall, cpu_seconds_of_others() - others
             shares = cache.shares(sum(times)) if isinstance(cache, TimedCache) else {}
             start, attention = self.context + len(times), []
@@ -151,7 +169,7 @@ class Task:
             prefill(network, cache, ids[:, : self.context], self.chunk)
             prefill_peak = meter.peak_bytes() - before
             meter.settle()
-            decode(network, cache, self.next_tokens(ids), self.limit)
+            self.decode(network, cache, self.next_tokens(ids))
             decode_peak = meter.peak_bytes() - before
             resident = meter.settle() - before
         return {
@@ -165,5 +183,5 @@ class Task:
 if __name__ == "__main__":
     settings = json.loads(sys.argv[2])
     torch.set_num_threads(settings["threads"])
-    task = Task(**{field.name: settings[field.name] for field in fields(Task) if field.name in settings})
+    task = Task.of(settings)
     print(json.dumps({"speed": task.speed, "memory": task.memory}[sys.argv[1]]()))

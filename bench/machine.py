@@ -1,7 +1,8 @@
-"""What a result was measured on."""
+"""What a result was measured on. python -m bench.machine: as JSON, of the GPU where there is one."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -21,6 +22,7 @@ def describe(device: str) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -52,3 +54,7 @@ def _commit() -> str | None:
     except OSError:
         return None
     return out.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe("cuda" if torch.cuda.is_available() else "cpu")))

@@ -39,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, huge
 def cold_copies(x: torch.Tensor, count: int, device: torch.device, huge_pages: bool) -> list[torch.Tensor]:
     """``count`` copies of x in one allocation."""
     slab = empty((count, *x.shape), x.dtype, device, huge_pages)
-    slab.copy_(x.expand_as(slab))
+    slab.copy_(x.to(device).expand_as(slab))  # one transfer, whatever the count
     return list(slab.unbind(0))
 
 

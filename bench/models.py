@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from smartkv_ext.cli.models import DTYPES, load_model
 
 
-def load(name: str, dtype: str) -> tuple[Any, Any]:
-    """(model, tokenizer) by folder, hub id or "smollm2"; "random": the shape of Qwen2.5-1.5B, for machines without
-    models, where only times and bytes mean something."""
+def load(name: str, dtype: str, device: str = "cpu") -> tuple[Any, Any]:
+    """(model on the device, tokenizer) by folder, hub id or "smollm2"; "random": the shape of Qwen2.5-1.5B, where there
+    are no models and only times and bytes mean something."""
     if name == "random":
-        return random_model(torch.bfloat16 if dtype == "auto" else DTYPES[dtype]), letters
+        with torch.device(device):  # drawing 1.5 billion numbers takes a CPU half a minute
+            return random_model(torch.bfloat16 if dtype == "auto" else DTYPES[dtype]), letters
     model, tokenizer = load_model(name, dtype)
-    return model.eval(), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def random_model(dtype: torch.dtype) -> Any:

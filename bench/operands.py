@@ -10,6 +10,8 @@ import torch
 from smartkv_ext import ops
 from smartkv_ext.reference.layout import BITS, PAGE_SIZE, page_layout
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -22,11 +24,11 @@ class Tokens:
     scores: torch.Tensor  # (batch, num_kv_heads, n) float32
 
     @classmethod
-    def random(cls, batch: int, kv_heads: int, n: int, head_dim: int) -> Tokens:
+    def random(cls, batch: int, kv_heads: int, n: int, head_dim: int, device: torch.device = CPU) -> Tokens:
         """Standard normal keys and values at positions 0 to n - 1."""
-        k, v = torch.randn(2, batch, kv_heads, n, head_dim).to(torch.bfloat16)
-        positions = torch.arange(n, dtype=torch.int32).expand(batch, kv_heads, -1).contiguous()
-        return cls(k, v, k.float().mean(2), positions, torch.rand(batch, kv_heads, n))
+        k, v = torch.randn(2, batch, kv_heads, n, head_dim, device=device).to(torch.bfloat16)
+        positions = torch.arange(n, dtype=torch.int32, device=device).expand(batch, kv_heads, -1).contiguous()
+        return cls(k, v, k.float().mean(2), positions, torch.rand(batch, kv_heads, n, device=device))
 
     def pages(self, bits: int) -> torch.Tensor:
         """(batch, num_kv_heads, ceil(n / 64), page_bytes) uint8."""
@@ -76,7 +78,10 @@ def ragged_page_counts(num_bytes: int, heads: int, page_bytes: Sequence[int]) ->
     return counts
 
 
-def mixed_cache(num_bytes: int, batch: int, kv_heads: int, head_dim: int, tier_bits: Sequence[int] = BITS) -> Packed:
+def mixed_cache(
+    num_bytes: int, batch: int, kv_heads: int, head_dim: int, tier_bits: Sequence[int] = BITS,
+    device: torch.device = CPU,
+) -> Packed:  # fmt: skip
     """Ragged heads of one or several tiers in ``num_bytes`` of pages (ragged_page_counts), last pages partly filled."""
     heads = batch * kv_heads
     counts = ragged_page_counts(num_bytes, heads, [page_layout(bits, head_dim).page_bytes for bits in tier_bits])
@@ -86,13 +91,14 @@ def mixed_cache(num_bytes: int, batch: int, kv_heads: int, head_dim: int, tier_b
         total = int(counts[:, tier].sum())
         used = torch.arange(table.shape[2]) < counts[:, tier, None]
         table[:, tier][used] = torch.arange(total, dtype=torch.int32)
-        pools.append(Tokens.random(1, 1, max(total, 1) * PAGE_SIZE, head_dim).pages(bits).flatten(0, 2)[:total])
+        tokens = Tokens.random(1, 1, max(total, 1) * PAGE_SIZE, head_dim, device)
+        pools.append(tokens.pages(bits).flatten(0, 2)[:total])
     lengths = counts * PAGE_SIZE - torch.randint(PAGE_SIZE, counts.shape) * (counts > 0)
     return Packed(
         pools,
         table.view(batch, kv_heads, len(tier_bits), -1),
         lengths.int().view(batch, kv_heads, -1),
-        torch.zeros(batch, kv_heads, head_dim),
+        torch.zeros(batch, kv_heads, head_dim, device=device),
         list(tier_bits),
         max(len(pool) for pool in pools) * PAGE_SIZE,
     )

@@ -58,7 +58,7 @@ def main(
 ) -> None:
     """Time one tier."""
     session = Session.open("quantize_kv", device, threads, seconds, huge_pages, json, plot)
-    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim)
+    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim, session.device)
     case = {"bits": bits, "kv_len": kv_len, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
     session.report(
         f"{bits} bit, {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, batch {batch}",

@@ -27,7 +27,7 @@ def attention_rivals(
     works = {}
     for dtype in (torch.bfloat16, torch.float32):
         q = torch.randn(batch, heads, q_len, head_dim, device=session.device).to(dtype)
-        kv = session.copies(*torch.randn(2, batch, kv_heads, kv_len, head_dim).to(dtype))
+        kv = session.copies(*torch.randn(2, batch, kv_heads, kv_len, head_dim, device=session.device).to(dtype))
         name = str(dtype).removeprefix("torch.")
         for label, function in attention_ways(groups).items():
             calls = [lambda q=q, k=k, v=v, f=function: f(q, k, v) for k, v in zip(*kv, strict=True)]

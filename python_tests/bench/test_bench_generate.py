@@ -1,5 +1,6 @@
 """bench.generate on a tiny random model: what it reports fits together, and an interrupted run continues."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from hf.tape import Recorder
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
@@ -60,6 +62,17 @@ def test_measure(tiny, kind):
     assert tiny.config._attn_implementation != "smartkv", "the model is left as it was"
     if kind == "dynamic":
         assert result["held_bytes"] == 2 * 2 * (CONTEXT + TOKENS) * 64 * 4
+
+
+def test_replayed_steps(tiny, monkeypatch):
+    monkeypatch.setattr("smartkv_ext.hf.replay.CudaGraphRecorder", Recorder)
+    plain, replayed = (task(kind).speed() for kind in ("smartkv:0.9", "smartkv-graph:0.9"))
+    assert replayed["nll"] == pytest.approx(plain["nll"], rel=1e-6)
+
+
+def test_a_failure_in_this_process_is_an_error(tiny):
+    settings = dataclasses.asdict(task("smart", device="meta"))
+    assert bench.generate.run_worker(settings)["error"].startswith("ValueError: cache must be")
 
 
 def test_clocks_of_smartkv(tiny):

@@ -5,6 +5,8 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -142,16 +144,27 @@ def test_page_of_made_results(tmp_path):
     assert len(widths) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
 def test_nothing_is_reported_without_a_gpu(tmp_path):
-    with pytest.raises(SystemExit, match="no CUDA device"):
-        gpu_report.main(tmp_path)
+    for machine in ("", json.dumps({"gpu": None})):
+        (tmp_path / "machine.out").write_text(machine)
+        with pytest.raises(SystemExit, match="names no GPU"):
+            gpu_report.main(tmp_path)
+
+
+def test_report_of_a_bundle(tmp_path, monkeypatch):
+    """On another machine, of steps that ran out of time before theirs could be written."""
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path / "results")
+    (tmp_path / "machine.out").write_text(json.dumps({"gpu": "X 1", "torch": "2", "cuda": "13", "commit": "a"}))
+    write_step(tmp_path, "generate", 124, json.dumps({"title": "part of it", "rows": [{"cache": "c", "context": 1}]}))
+    gpu_report.main(tmp_path)
+    (page,) = (tmp_path / "results").glob("*-x-1.md")
+    assert "part of it" in page.read_text() and "generate (exit status 124)" in page.read_text()
 
 
 def test_script_knows_its_parts():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     done = subprocess.run([SCRIPT, "nonsense"], capture_output=True, text=True)
-    assert done.returncode == 2 and "build tests sanitizer bench generate" in done.stderr
+    assert done.returncode == 2 and "build tests bench generate sanitizer" in done.stderr
 
 
 def test_script_calls_benchmarks_that_exist():
@@ -165,7 +178,8 @@ def test_script_goes_on_after_a_failure(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *select_kv*) echo broken >&2; exit 3;; *) echo \'{"a": 1}\';; esac\n')
     python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    bundle = tmp_path / "all.tar.gz"
+    environment = os.environ | {"PYTHON": str(python), "FOLDER": str(tmp_path / "out"), "BUNDLE": str(bundle)}
     done = subprocess.run([SCRIPT, "bench", "generate"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     steps = gpu_report.gather(tmp_path / "out")["steps"]
@@ -173,3 +187,31 @@ def test_script_goes_on_after_a_failure(tmp_path):
     assert steps["bench_select"]["status"] == 3 and "result" not in steps["bench_select"]
     assert steps["bench_merge"]["result"] == {"a": 1} and "bench.merge_states" in steps["bench_merge"]["command"]
     assert len(steps) == 12 and "broken" in done.stdout
+    with tarfile.open(bundle) as archive:
+        assert sum(name.endswith(".step") for name in archive.getnames()) == 12
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_script_says_where_no_gpu_is():
+    done = subprocess.run([SCRIPT], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert done.returncode == 1 and done.stderr == "torch sees no CUDA device here\n" and done.stdout == ""
+
+
+def test_steps_that_run_out_of_time_are_noted(tmp_path):
+    """An interrupt comes first, so that a step can print what it has; the rest is told that no time is left."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\ncase "$*" in\n'
+        "*bench.generate*) trap 'echo {}; exit 130' INT; sleep 9 & wait;;\n*) echo 1;;\nesac\n"
+    )
+    python.chmod(0o755)
+    script = tmp_path / "bench" / "gpu_day.sh"
+    script.parent.mkdir()
+    script.write_text(SCRIPT.read_text().replace("TOTAL=510", "TOTAL=6"))
+    (tmp_path / "smartkv_ext").mkdir()
+    (tmp_path / "smartkv_ext" / "_C.abi3.so").touch()
+    environment = os.environ | {"PYTHON": str(python)}
+    done = subprocess.run(["bash", script, "generate", "tests"], capture_output=True, text=True, env=environment)
+    steps = gpu_report.gather(tmp_path / "build" / "gpu_day")["steps"]
+    assert steps["generate"]["status"] == 124 and steps["generate"]["result"] == {}
+    assert steps["tests"]["status"] == 124 and "no time left" in done.stdout

@@ -4,50 +4,13 @@ has changed. A CUDA graph does that on a GPU, a tape of the dispatched calls her
 import pytest
 import torch
 from gates.make_gates import usable
+from hf.tape import Recorder, Tape
 from hf.tiny import prompts, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import smartkv_ext
 from smartkv_ext import ReplayedDecoder, SmartKVCache
 from smartkv_ext.policies import POLICIES
-
-
-class Tape(TorchDispatchMode):
-    """Records every call; ``replay`` makes them again and puts each result where the first one is."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        for func, args, kwargs, first in self.calls:
-            again = func(*args, **kwargs)
-            pairs = ((first, again),) if isinstance(first, torch.Tensor) else zip(first or (), again or (), strict=True)
-            for old, new in pairs:
-                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # neither a view nor in place
-                    old.copy_(new)
-
-
-class Recorder:
-    def __init__(self):
-        self.records = self.replays = 0
-
-    def __call__(self, call):
-        with Tape() as tape:
-            out = call()
-        self.records += 1
-
-        def replay():
-            self.replays += 1
-            tape.replay()
-
-        return out, replay
 
 
 def logits_of(model, cache, ids, prompt, position_ids=None):
