@@ -122,9 +122,11 @@ def describe(folder: Path, recipe: Recipe, config: Any) -> None:
     path = folder / "dataset.json"
     if path.is_file():
         known = json.loads(path.read_text())
-        if {k: known[k] for k in facts} != facts:
+        size = known["recipe"] | {"tokens": recipe.tokens}  # may grow: a shard does not depend on how many there are
+        if {k: known[k] for k in facts} | {"recipe": size} != facts:
             raise ValueError(f"{str(folder)!r} holds shards of another recipe: name another folder with --out")
-        return
+        if known["recipe"].get("tokens", 0) >= recipe.tokens:
+            return
     folder.mkdir(parents=True, exist_ok=True)
     geometry = ModelGeometry.from_config(config)
     shape = {"num_layers": geometry.num_layers, "num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}

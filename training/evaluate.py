@@ -154,6 +154,7 @@ def evaluate_gates(folder: Path, data: Path, out: Path, split: str = "valid", **
     draw_all(found, rows, gates, folder / "loss.csv", out)
     gates.calibration = found.calibration.float().unflatten(0, (gates.model.num_layers, gates.model.num_kv_heads))
     gates.quantiles = found.quantiles
+    gates.info["calibrated"] = {"horizon": recipe.horizon, "threshold": recipe.threshold}
     gates.save_pretrained(folder)
     return result | {"rows": rows}
 

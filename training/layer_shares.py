@@ -54,7 +54,7 @@ def policy_map(found: torch.Tensor, policy: str) -> dict[str, Any]:
 def layer_losses(model: Any, tokenizer: Any, recording: Recording, future: torch.Tensor, **arguments: Any) -> Any:
     """(layers,) KL over the tokens ``future`` (1, n) when one layer alone is compressed as ``arguments`` say."""
     decoder, start = Decoder(model, tokenizer), recording.num_tokens
-    exact = SmartKVCache(model.config, budget=None, policy="full", window=start + future.shape[1] + 1)
+    exact = SmartKVCache(model.config, budget=None, policy=arguments["policy"], window=start + future.shape[1] + 1)
     replay(recording, exact)
     packed = SmartKVCache(model.config, **arguments)
     replay(recording, packed)
@@ -72,19 +72,21 @@ def main(
     export: Annotated[Path, typer.Option(help="policy map to write")],
     model: str = "smollm2",
     dtype: str = "float32",
-    policy: Annotated[str, typer.Option(help="what all layers follow; one that reads no keys before RoPE")] = "snapkv",
+    policy: Annotated[str, typer.Option(help="what all layers follow")] = "snapkv",
     budget: Annotated[float, typer.Option(help="fraction that each layer in turn is given", min=0.01, max=1)] = 0.0625,
     slope: Annotated[float, typer.Option(help="how loss falls with bytes, as a power", min=0.1)] = 1.0,
     tokens: int = 4096,
     future: int = 128,
-    gates: Annotated[Path | None, typer.Option(help="gate folder that the shares are written into, too")] = None,
+    gates: Annotated[Path | None, typer.Option(help="gate folder that the shares go to; policy gate uses it")] = None,
     recording: Annotated[Path | None, typer.Option(help="file that keeps the prefill for a next run")] = None,
 ) -> None:
     """Print a row per layer and write the map; last line JSON."""
     start = time.process_time()
-    asked = get_policy(policy)
-    if asked.needs_pre_rope_keys or asked.scores_keys:
-        raise typer.BadParameter(f"policy must not look at keys before RoPE; got {policy!r}")
+    learned = None if gates is None else Gates.from_pretrained(gates)
+    followed = get_policy(policy)
+    if learned is not None:
+        learned.layer_shares = None  # of an earlier run
+        followed = get_policy(policy, gates=learned) if policy == "gate" else followed
     network, tokenizer = load(model, dtype)
     ids = first_tokens(tokenizer, read_text(text), tokens + future, text)
     with patch(network):
@@ -96,13 +98,12 @@ def main(
             prefill = record(network, ids[:, :tokens])
             if recording is not None:
                 prefill.save(recording)
-        losses = layer_losses(network, tokenizer, prefill, ids[:, tokens:], budget=budget, policy=policy)
+        losses = layer_losses(network, tokenizer, prefill, ids[:, tokens:], budget=budget, policy=followed)
     found = shares(losses, slope)
     content = policy_map(found, policy)
     get_policy("map", **content).check(len(found), network.config.num_key_value_heads)
     export.write_text(json.dumps(content, indent=2) + "\n")
-    if gates is not None:
-        learned = Gates.from_pretrained(gates)
+    if gates is not None and learned is not None:
         learned.layer_shares = found
         learned.save_pretrained(gates)
     rows = [{"layer": i, "KL alone": x, "share": y} for i, (x, y) in enumerate(zip(losses, found, strict=True))]

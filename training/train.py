@@ -232,9 +232,12 @@ def facts_of(model_name: str) -> tuple[ModelFacts, torch.Tensor]:
     return ModelFacts.from_config(model.config), sketch
 
 
-def train_gates(recipe: Recipe, data: Path, out: Path, quiet: bool = False) -> Gates:
-    """Train on a folder of shards, write logs and gates to ``out``."""
-    sets = [TokenSet.load(data, split, wanted_targets(recipe), recipe.inputs) for split in ("train", "valid")]
+def train_gates(recipe: Recipe, data: Path, out: Path, quiet: bool = False, shards: int | None = None) -> Gates:
+    """Train on a folder of shards, or the first ``shards`` of its train split; write logs and gates to ``out``."""
+    names = wanted_targets(recipe)
+    sets = [
+        TokenSet.load(data, split, names, recipe.inputs, most) for split, most in (("train", shards), ("valid", None))
+    ]
     trainer = Trainer(recipe, *sets, out)
     trainer.fit(quiet)
     facts, sketch = facts_of(recipe.model)
@@ -248,9 +251,10 @@ def main(
     data: Annotated[Path, typer.Option(help="folder of shards")],
     out: Annotated[Path, typer.Option(help="folder for logs, checkpoint and gates")],
     recipe: Annotated[Path, typer.Option(help="a YAML file, or a name in training/recipes")] = Path("small"),
+    shards: Annotated[int | None, typer.Option(help="learn from so many shards only, as for a learning curve")] = None,
 ) -> None:
     """Train, or go on training."""
-    made = train_gates(Recipe.load(recipe), data, out)
+    made = train_gates(Recipe.load(recipe), data, out, shards=shards)
     typer.echo(f"{made.num_parameters:,} parameters, validation loss {made.info['valid_loss']:.4f}", err=True)
 
 

@@ -65,6 +65,12 @@ def test_thresholds_that_cannot_be():
         random_gates(calibration=-calibration)
 
 
+@pytest.mark.parametrize("shares", [[-1.0, 3.0, 1.0, 1.0], [0.0] * 4, [4.0] * 4])
+def test_shares_that_would_break_the_budget_are_refused(shares):
+    with pytest.raises(ValueError, match="layer_shares must be at least 0 and average 1"):
+        random_gates(layer_shares=torch.tensor(shares))
+
+
 def edit_config(**changes):
     def damage(folder):
         path = folder / "smartkv_config.json"
@@ -97,6 +103,19 @@ def not_finite(name):
     return damage
 
 
+def of_whole_numbers(folder):
+    path = folder / "smartkv_gates.safetensors"
+    save_file({name: x.int() for name, x in load_file(path).items()}, path)
+
+
+def change_a_bit(folder):
+    """Of a weight: the file is well-formed and all its numbers are finite."""
+    path = folder / "smartkv_gates.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1001] ^= 1
+    path.write_bytes(content)
+
+
 def flip_bytes(folder):
     """A header that claims more than there is."""
     path = folder / "smartkv_gates.safetensors"
@@ -120,13 +139,16 @@ def empty(folder):
         (not_finite("bias.0"), "must be finite numbers"),
         (not_finite("sketch"), "sketch must be finite numbers"),
         (not_finite("quantiles"), "quantiles must be finite numbers"),
-        (edit_config(format_version="1"), "has format_version 1; this"),
+        (edit_config(format_version="1"), "has format_version '1'; this"),
         (edit_config(format_version=0), "has format_version 0; this"),
         (edit_config(format_version=2), "has format_version 2; this smartkv_ext reads up to 1"),
         (edit_config(smartkv_type="adapter"), "does not describe gates"),
         (edit_config(kind="huge"), "kind must be one of compact, regression, binary; got 'huge'"),
         (edit_config(model={"num_layers": 4}), "the model's facts must be"),
-        (edit_config(linear_layers=3), "weight.2"),
+        (edit_config(linear_layers=3), "linear_layers is 3, weights are there for 2"),
+        (edit_config(info=["x"]), "info must be a mapping; got list"),
+        (of_whole_numbers, "must be floating-point; got torch.int32"),
+        (change_a_bit, "is not as it was saved (sha256)"),
         (lambda f: (f / "smartkv_config.json").write_text("{"), "is damaged: it is not JSON"),
         (edit_config(shapes=None), "does not belong to its smartkv_config.json"),
         (lambda f: (f / "smartkv_config.json").unlink(), "has no smartkv_config.json"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,18 @@ def test_shards_are_the_same_whoever_makes_them(recipe, shards, tmp_path, monkey
         collect_shards(replace(recipe, seed=7), tmp_path, quiet=True)
 
 
+def test_a_data_set_grows(recipe, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "grown")
+    more, old = replace(recipe, tokens=11 * 8 * recipe.length), shards / "train-00004.safetensors"
+    assert collect_shards(more, tmp_path / "grown", quiet=True) == 0
+    added = {p.name for p in (tmp_path / "grown").iterdir()} - {p.name for p in shards.iterdir()}
+    assert added == {"train-00010.safetensors"}, "what was there is not made again"
+    assert (tmp_path / "grown" / old.name).read_bytes() == old.read_bytes()
+    tokens = [json.loads((f / "dataset.json").read_text())["recipe"]["tokens"] for f in (shards, tmp_path / "grown")]
+    assert tokens == [recipe.tokens, more.tokens]
+    assert collect_shards(recipe, tmp_path / "grown", quiet=True) == 0, "a smaller order is filled already"
+
+
 def test_a_shard_holds_the_keys_of_the_model(recipe, shards):
     model, tokenizer = collect.load(recipe.model, "float32")
     tensors = load_file(shards / "train-00003.safetensors")
@@ -203,6 +216,7 @@ def test_the_whole_way(recipe, tmp_path):
     made = Gates.from_pretrained(result["gates"])
     assert made.num_parameters == 2 * (64 * 16 + 16 + 16 + 1) == result["parameters"]
     assert made.calibration is not None and made.quantiles is not None and made.sketch is not None
+    assert made.info["calibrated"] == {"horizon": recipe.horizon, "threshold": recipe.threshold}
     assert recipe.model not in json.dumps(made.info) and "recipe" not in made.info, "no path of this machine"
     written = {path.name for path in (tmp_path / "evaluation").iterdir()}
     assert written == {"summary.json", "sensitivity_specificity.csv", "roc.png", "calibration.png", "heads.png",
@@ -229,6 +243,8 @@ def test_gates_of_keys_and_values(recipe, shards, tmp_path):
     reached = (scores_of(calibrated, tokens) >= calibrated.threshold(0.3)).float().mean()
     assert reached == pytest.approx(0.3, abs=0.01)
     assert export_gates(tmp_path / "gates", tmp_path / "out").inputs == "key_value"
+    some = train_gates(chosen, shards, tmp_path / "some", quiet=True, shards=3)
+    assert 3 * made.info["tokens"] == 9 * some.info["tokens"]
 
 
 def test_decay_is_found_again(shards, monkeypatch):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from gates.make_gates import random_gates
 from hf.tiny import prompts, tiny
 
 from smartkv_ext.eval.recording import record
+from smartkv_ext.gates import ModelFacts
 from smartkv_ext.hf import patch
 from smartkv_ext.policies import get_policy
 from training.layer_shares import EXTREME, layer_losses, policy_map, shares
@@ -33,5 +35,8 @@ def test_losses_are_those_of_one_layer():
     with patch(model), torch.no_grad():
         recording = record(model, ids[:, :380])
         none = layer_losses(model, None, recording, ids[:, 380:], budget=None, policy="full", tiers=(16,))
-        some = layer_losses(model, None, recording, ids[:, 380:], budget=0.1, policy="random")
-    assert len(none) == 4 and none.abs().max() < 1e-5 and some.min() > 10 * none.abs().max()
+        gate = get_policy("gate", gates=random_gates(ModelFacts.from_config(model.config)))
+        for policy in ("random", "h2o", gate):
+            some = layer_losses(model, None, recording, ids[:, 380:], budget=0.1, policy=policy)
+            assert some.min() > 10 * none.abs().max(), policy
+    assert len(none) == 4 and none.abs().max() < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 
 from .model import ModelFacts
@@ -29,6 +31,7 @@ def save(gates: Gates, folder: Path, dtype: torch.dtype) -> None:
     tensors = {f"weight.{i}": x.to(dtype) for i, x in enumerate(gates.weights)}
     tensors |= {f"bias.{i}": x for i, x in enumerate(gates.biases)}
     tensors |= {name: x for name in _OPTIONAL if (x := getattr(gates, name)) is not None}
+    content = serialize({name: x.contiguous().cpu() for name, x in tensors.items()}, {"format": "pt"})
     config = {
         "smartkv_type": TYPE,
         "format_version": FORMAT_VERSION,
@@ -38,10 +41,10 @@ def save(gates: Gates, folder: Path, dtype: torch.dtype) -> None:
         "inputs": gates.inputs,
         "linear_layers": len(gates.weights),
         "shapes": {name: list(x.shape) for name, x in tensors.items()},
+        "sha256": hashlib.sha256(content).hexdigest(),
         "info": gates.info,
     }
     partial = folder / (WEIGHTS + ".partial")
-    content = serialize({name: x.contiguous().cpu() for name, x in tensors.items()}, {"format": "pt"})
     partial.write_bytes(content)  # save_file would let nobody else read it, whatever the umask
     os.replace(partial, folder / WEIGHTS)
     partial = folder / (CONFIG + ".partial")
@@ -57,16 +60,23 @@ def load(cls: type[Gates], name: str | Path, **hub: Any) -> Gates:
             raise ValueError(f"gates must be a folder or a hub id; folder {str(name)!r} does not exist")
         folder = _download(str(name), **hub)
     config = _read_config(folder / CONFIG)
-    tensors = _read_tensors(folder / WEIGHTS, config["shapes"])
+    content, tensors = _read_tensors(folder / WEIGHTS, config["shapes"])
     try:
-        count = range(int(config["linear_layers"]))
-        return cls(
+        count = range(sum(name.startswith("weight.") for name in tensors))
+        if config["linear_layers"] != len(count):
+            raise ValueError(f"linear_layers is {config['linear_layers']}, weights are there for {len(count)}")
+        if not isinstance(config["info"], dict):
+            raise ValueError(f"info must be a mapping; got {type(config['info']).__name__}")
+        made = cls(
             [tensors[f"weight.{i}"] for i in count], [tensors[f"bias.{i}"] for i in count],
             ModelFacts.from_dict(config["model"]), config["kind"], config["inputs"],
             **{name: tensors.get(name) for name in _OPTIONAL}, info=config["info"], source=str(name),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"gates in {str(name)!r} are damaged: {error}") from error
+    if config.get("sha256", digest := hashlib.sha256(content).hexdigest()) != digest:  # older files do not state it
+        raise ValueError(f"gates in {str(name)!r} are damaged: {WEIGHTS} is not as it was saved (sha256)")
+    return made
 
 
 def _download(repo_id: str, **hub: Any) -> Path:
@@ -94,26 +104,31 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} does not describe gates: its smartkv_type must be {TYPE!r}")
     version = config.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(f"{str(path)!r} has format_version {version}; this smartkv_ext reads up to {FORMAT_VERSION}")
+        raise ValueError(f"{str(path)!r} has format_version {version!r}; this smartkv_ext reads up to {FORMAT_VERSION}")
     missing = {"model", "kind", "inputs", "linear_layers", "shapes", "info"} - set(config)
     if missing:
         raise ValueError(f"{str(path)!r} is damaged: {', '.join(sorted(missing))} must be there")
     return config
 
 
-def _read_tensors(path: Path, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Tensors of the file, which must have the shapes that the configuration states."""
+def _read_tensors(path: Path, shapes: Any) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """Bytes and tensors of the file, which must have the shapes that the configuration states."""
     if not path.is_file():
         raise ValueError(f"gates folder {str(path.parent)!r} has no {path.name}")
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = deserialize(content)
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
-    found = {name: list(x.shape) for name, x in tensors.items()}
-    if found != shapes:
-        raise ValueError(f"{str(path)!r} does not belong to its {CONFIG}: it holds {found}, stated are {shapes}")
-    return tensors
+    stated = shapes if isinstance(shapes, dict) else {}
+    for name in sorted({*stated, *tensors}):
+        found = list(tensors[name].shape) if name in tensors else "not there"
+        if found != stated.get(name):
+            wanted = stated.get(name, "unknown")
+            raise ValueError(f"{str(path)!r} does not belong to its {CONFIG}: {name} is {found}, stated is {wanted}")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{str(path)!r} is damaged: {name} must be floating-point; got {tensors[name].dtype}")
+    return content, tensors
 
 
 def push(gates: Gates, repo_id: str, **hub: Any) -> str:

@@ -98,6 +98,11 @@ class Gates:
                 raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
             if x is not None and not bool(x.isfinite().all()):
                 raise ValueError(f"{name} must be finite numbers")
+        shares = self.layer_shares
+        if shares is not None and (bool((shares < 0).any()) or not 0.99 < float(shares.mean()) < 1.01):
+            raise ValueError(
+                f"layer_shares must be at least 0 and average 1; got {shares.min():.3g} to {shares.max():.3g}"
+            )
         if self.calibration is not None and not bool((self.calibration[..., 0] > 0).all()):
             raise ValueError("calibration must have slopes above 0")
 
