@@ -76,18 +76,6 @@ def test_a_part_with_gates():
         get_policy("union", parts=(gate, gate))
 
 
-def test_layers_share_the_bytes_as_the_parts_that_know_say():
-    gates = random_gates(layer_shares=torch.tensor([0.4, 0.8, 1.2, 1.6]))
-    gate = get_policy("gate", gates=gates)
-    found = [get_policy("union", parts=(gate, "keydiff")).layer_share(i, 4, 2) for i in range(4)]
-    assert found == pytest.approx([0.4, 0.8, 1.2, 1.6])
-    both = get_policy("union", parts=(gate, "pyramidkv"))
-    weights = [gate.layer_share(i, 4, 2) * get_policy("pyramidkv").layer_share(i, 4, 2) for i in range(4)]
-    found = [both.layer_share(i, 4, 2) for i in range(4)]
-    assert found == pytest.approx([4 * w / sum(weights) for w in weights]) and sum(found) == pytest.approx(4)
-    assert get_policy("union").layer_share(3, 4, 2) == 1
-
-
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,8 +22,7 @@ class Union(Policy):
     across heads, else in its head. Ranks need no common scale, so a score of keys and one of attention can share a
     budget: one keeps what is unlike the rest, and may be asked for, the other what is attended to now.
 
-    Records keep the score that they were packed with. One part may have gates. Shares of layers are multiplied: a part
-    without an opinion has 1 for all.
+    Records keep the score that they were packed with. One part may have gates.
 
     Args:
         parts: policies that evict: names, specifications or instances.
@@ -91,13 +89,6 @@ class Union(Policy):
     def check(self, num_layers: int, num_kv_heads: int) -> None:
         for part in self._policies:
             part.check(num_layers, num_kv_heads)
-
-    def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
-        shares = [
-            math.prod(part.layer_share(i, num_layers, num_kv_heads) for part in self._policies)
-            for i in range(num_layers)
-        ]
-        return shares[layer_idx] * num_layers / sum(shares)
 
     def spec(self) -> dict[str, Any]:
         parts = [part.spec() for part in self._policies]
