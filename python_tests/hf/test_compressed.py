@@ -13,7 +13,7 @@ from smartkv_ext import SmartKVCache
 from smartkv_ext.policies import POLICIES
 
 # Remembered queries count: with 150 tokens they are a large part of a small budget.
-BUDGETS = {"full": None, "snapkv": 1.0, "pyramidkv": 1.0, "adakv": 1.0, "expected_attention": 1.0, "union": 1.0}
+BUDGETS = {"full": None} | dict.fromkeys(("snapkv", "pyramidkv", "adakv", "expected_attention", "union", "auto"), 1.0)
 
 
 def padding_mask(*args, attention_mask=None, kv_length=None, **kwargs):

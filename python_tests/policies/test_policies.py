@@ -113,7 +113,7 @@ def test_registry():
     policy = get_policy("knorm")
     assert get_policy(policy) is policy
     with pytest.raises(
-        ValueError, match="policy must be one of adakv, evolved, expected_attention, full, gate, gate_hybrid,"
+        ValueError, match="policy must be one of adakv, auto, evolved, expected_attention, full, gate, gate_hybrid,"
     ):
         get_policy("magic")
     with pytest.raises(TypeError, match="policy must be a name or a Policy; got int"):

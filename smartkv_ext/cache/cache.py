@@ -31,7 +31,7 @@ class SmartKVCache(Cache):
             seen so far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the
             highest tier.
         policy: which tokens matter: a policy (``smartkv_ext.policies``), its name, or a JSON or YAML file that says
-            more.
+            more. "auto" takes gates where some for the model come with the package; ``report()`` says what it took.
         tiers: bit widths that packed tokens may have, of 2, 3, 4, 8 and 16; 16 is the model's own dtype.
         sinks: first tokens of each sequence, never packed.
         window: newest tokens, never packed. It shrinks where it would take more than half of the budget.
@@ -52,7 +52,7 @@ class SmartKVCache(Cache):
         self,
         config: Any,
         budget: float | str | Budget | None = 0.125,
-        policy: str | Policy = "keydiff",
+        policy: str | Policy = "auto",
         tiers: Sequence[int] = BITS,
         sinks: int = 4,
         window: int = 128,

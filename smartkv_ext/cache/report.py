@@ -22,6 +22,7 @@ class CacheReport:
     tokens_seen: int  # longest sequence, padding not counted
     tokens_per_tier: dict[str, float]  # mean over layers, KV heads and sequences
     batch_size: int
+    policy: str = ""  # its title: what "auto" chose, for one
     shared_bytes: int = 0  # gate weights, once per process whatever the number of caches: not in total_bytes
 
     @property
@@ -41,6 +42,8 @@ class CacheReport:
         lines += [f"  {name:<16}{size:>14,}" for name, size in self.parts.items() if size]
         if self.shared_bytes:
             lines.append(f"  {'gate weights':<16}{self.shared_bytes:>14,}  shared by all caches, not counted above")
+        if self.policy:
+            lines.append(f"  policy          {self.policy}")
         kept = ", ".join(f"{name}: {count:.1f}" for name, count in self.tokens_per_tier.items() if count)
         return "\n".join([*lines, f"  tokens per head  {kept}"])
 
@@ -101,5 +104,5 @@ def report(layers: list[SmartKVLayer]) -> CacheReport:
             kept[str(bits)] = kept.get(str(bits), 0.0) + count * share
     kept["evicted"] = max(sum(rows) * share - sum(kept.values()), 0.0)
     longest = int(max(layer.row_tokens.max() for layer in active))
-    shared = first.config.policy.shared_bytes
-    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch, shared)
+    policy = first.config.policy
+    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch, policy.title, policy.shared_bytes)

@@ -51,7 +51,7 @@ def generate(
     question: Annotated[str, typer.Option(help="Asked after the document has been compressed.")],
     model: Model = "smollm2",
     budget: Budget = "0.125",
-    policy: PolicyName = "keydiff",
+    policy: PolicyName = "auto",
     tiers: Tiers = "2,3,4,8,16",
     window: Window = 128,
     sinks: Sinks = 4,
@@ -92,7 +92,7 @@ def demo(
     """Hide a note in Python's language reference, compress to 1/8, then ask for it.
 
     The defaults suit the small embedded model: it does not survive keys of 2 bits, and in float32 a long window would
-    take half of the budget.
+    take half of the budget. keydiff finds what is unlike the rest.
     """
     from .demo import run_demo
     from .session import Session

@@ -26,7 +26,7 @@ class Settings:
     """How to compress and how to answer."""
 
     budget: float | str | None = 0.125
-    policy: str = "keydiff"
+    policy: str = "auto"
     tiers: Sequence[int] = (2, 3, 4, 8, 16)
     window: int = 128
     sinks: int = 4

@@ -21,6 +21,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import Cache
 
 from smartkv_ext.cache import SmartKVCache
+from smartkv_ext.hf.gate_check import sketch_of
 
 from .recording import Recording, replay
 from .simulated import SimulatedCache, per_channel, per_token
@@ -69,6 +70,8 @@ class Method:
 
             return press_prefill(model, recording.ids, **self.options)
         cache = self._new_cache(model.config)
+        if isinstance(cache, SmartKVCache):
+            cache.smartkv_config.policy.check_keys(lambda: sketch_of(model))  # as the forward that is replayed did
         replay(recording, cache)
         return cache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adakv import AdaKV
 from .attention import TOVA, PyramidKV, SnapKV
+from .auto import Auto
 from .base import Policy, RecordView, TokenView
 from .cumulative import H2O, Evolved, Hybrid, LayerAware
 from .expected import ExpectedAttention
@@ -18,7 +19,7 @@ POLICIES |= {
     policy.name: policy
     for policy in (
         Full, SlidingWindow, StreamingLLM, Knorm, KeyDiff, SnapKV, PyramidKV, TOVA, H2O, ExpectedAttention, Hybrid,
-        LayerAware, Evolved, Gate, GateHybrid, AdaKV, Union, PolicyMap, Random,
+        LayerAware, Evolved, Gate, GateHybrid, AdaKV, Union, PolicyMap, Random, Auto,
     )
 }  # fmt: skip
 

@@ -142,6 +142,11 @@ class Policy:
     def check(self, num_layers: int, num_kv_heads: int) -> None:
         """Raise ValueError if the policy cannot serve a model of this shape."""
 
+    @property
+    def title(self) -> str:
+        """What reports call the policy."""
+        return self.name
+
     def spec(self) -> dict[str, Any]:
         """``get_policy(spec)`` gives an equal policy; plain JSON values."""
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.init}

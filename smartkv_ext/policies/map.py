@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .adakv import ASKS
 from .base import Policy, RecordView, TokenView
+from .delegate import ASKS
 from .position import StreamingLLM
 from .registry import get_policy
 

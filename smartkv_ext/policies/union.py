@@ -90,6 +90,16 @@ class Union(Policy):
         for part in self._policies:
             part.check(num_layers, num_kv_heads)
 
+    def layer_share(self, layer_idx: int, num_layers: int, num_kv_heads: int) -> float:
+        """What the part with gates says: how much a layer needs is measured with them, and holds for any policy."""
+        shares = [p.layer_share(layer_idx, num_layers, num_kv_heads) for p in self._policies if p.scores_keys]
+        return shares[0] if shares else 1.0
+
+    @property
+    def title(self) -> str:
+        parts = zip(self._policies, self.weights, strict=True)
+        return f"{self.name}({', '.join(p.title if w == 1 else f'{w:g} {p.title}' for p, w in parts)})"
+
     def spec(self) -> dict[str, Any]:
         parts = [part.spec() for part in self._policies]
         return {"name": self.name, "parts": parts, "weights": list(self.weights)}
