@@ -16,19 +16,8 @@ SMARTKV_INLINE int batch_tiles(const DecodeAttentionParams& p) {
   return fit < 1 ? 1 : fit < BATCH_TILES ? static_cast<int>(fit) : BATCH_TILES;
 }
 
-// What product `phase` of 2 * count fetches: half a page of the tiles to come. Memory is fastest
-// when its lines are asked for in order and evenly, whatever the products read.
-inline const uint8_t* fetch_in_phase(const TileBatch& tiles, int phase, int head_dim) {
-  const Tile& tile = tiles.tiles[phase / 2];
-  if (tile.bits == 16) return nullptr;
-  const int64_t lines = (tile.page_bytes / 64 + 1) / 2, in_step = record_lanes(tile.bits, head_dim);
-  const uint8_t* fetch = tile.next + phase % 2 * lines * 64;
-  for (int64_t i = in_step; i < lines; ++i, fetch += 64) __builtin_prefetch(fetch, 0, 3);
-  return fetch;
-}
-
 inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const Workspace& w,
-                         State state, RowBlock rows) {
+                         State state, RowBlock rows, Feed& feed) {
   const DecodeAttentionParams& p = run.p;
   const bool raw = tiles.tiles[0].bits == 16, is_single = w.v_tile == w.k_tile;
   Span spans[ROW_BLOCK];
@@ -40,8 +29,12 @@ inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const 
   const Batch batch{tiles.tiles, tiles.count, spans,
                     bias,        rows.count,  p.cache.head_dim,
                     w.scores,    w.weights,   state_row(state, rows.begin, p.cache.head_dim)};
+  if (is_single) feed.begin(p.out == nullptr ? tiles.count : 2 * tiles.count);
+  const auto lines = [&](const Tile& tile) {
+    return is_single ? lines_for(feed, tile, batch.head_dim) : no_lines(tile.positions);
+  };
   for (int t = 0; t < tiles.count; ++t) {
-    const uint8_t* fetch = fetch_in_phase(tiles, t, batch.head_dim);
+    const Lines fetch = lines(tiles.tiles[t]);
     if (is_single) load_k(run, tiles.tiles[t], w, fetch);
     // Of several blocks some may see nothing of their only tile.
     if (!multiply_queries(run, tiles.tiles[t], w, rows, fetch, batch.scores_at(t, 0))) return;
@@ -52,7 +45,7 @@ inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const 
                 : softmax_batch<0>(batch);
   if (p.out == nullptr) return;
   for (int t = 0; t < tiles.count; ++t) {
-    const uint8_t* fetch = fetch_in_phase(tiles, tiles.count + t, batch.head_dim);
+    const Lines fetch = lines(tiles.tiles[t]);
     if (is_single) load_v(run, tiles.tiles[t], w, fetch);
     multiply_weights(run, tiles.tiles[t], w, batch, t, fetch);
   }
@@ -66,7 +59,7 @@ inline void rotate_back(const DecodeAttentionParams& p, State state) {
 }
 
 inline void attend_piece(const AttentionRun& run, const Piece& piece, const Workspace& w,
-                         State state) {
+                         State state, Feed& feed) {
   const DecodeAttentionParams& p = run.p;
   const int64_t rows = num_rows(p);
   prepare_queries(p, piece.head, run.rotated, w.queries);
@@ -77,16 +70,18 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
     if (tiles.count == 0) return;
     if (w.v_tile != w.k_tile) {  // several blocks share one decoded tile
       const Tile& tile = tiles.tiles[0];
-      load_k(run, tile, w, tile.next);
-      if (p.out != nullptr) load_v(run, tile, w, tile.next);
+      feed.begin(p.out == nullptr ? 1 : 2);
+      load_k(run, tile, w, lines_for(feed, tile, p.cache.head_dim));
+      if (p.out != nullptr) load_v(run, tile, w, lines_for(feed, tile, p.cache.head_dim));
     }
-    for_row_blocks(rows, [&](RowBlock block) { attend_block(run, tiles, w, state, block); });
+    for_row_blocks(rows, [&](RowBlock block) { attend_block(run, tiles, w, state, block, feed); });
     tiles.count = 0;
   };
   const int full = batch_tiles(p);
   for (int64_t i = piece.begin; i < piece.end; ++i) {
     Tile& tile = tiles.tiles[tiles.count];
-    open_tile(p, piece.head, i, full, tile);
+    open_tile(p, piece.head, i, tile);
+    feed.open(tile.ref.tier);
     tile.shares = shares_of(run, piece.head, i);
     if (tile.visible == 0) {
       if (tile.shares.tops != nullptr) tile.shares.tops[0] = NO_SHARES;
@@ -141,10 +136,11 @@ inline void merge_split(const AttentionRun& run, const SplitHead& split) {
 inline void attend_part(const AttentionRun& run, int64_t part) {
   const int64_t parts = run.plan.parts;
   const Workspace w = workspace_of(run, part);
+  Feed feed = feed_of(run, part, batch_tiles(run.p));
   for (int64_t i = run.plan.part_begin[part]; i < run.plan.part_begin[part + 1]; ++i) {
     const Piece& piece = run.plan.pieces[i];
     const State state = state_of(run, piece.state);
-    attend_piece(run, piece, w, state);
+    attend_piece(run, piece, w, state, feed);
     if (piece.state < parts) finish_head(run, piece.head, state);
   }
 }
@@ -177,9 +173,10 @@ inline void run_attention(const DecodeAttentionParams& p, const Parallel& parall
   parallel_for(parallel, parts, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const Workspace w = workspace_of(run, part);
+      Feed feed = feed_of(run, part, 1);
       for (int64_t i = run.plan.part_begin[part]; i < run.plan.part_begin[part + 1]; ++i) {
         const Piece& piece = run.plan.pieces[i];
-        run.shares == nullptr ? add_mass_piece(run, piece, w) : add_shares_piece(run, piece);
+        run.shares == nullptr ? add_mass_piece(run, piece, w, feed) : add_shares_piece(run, piece);
       }
     }
   });

@@ -6,9 +6,9 @@
 namespace smartkv::SMARTKV_ISA {
 
 inline void add_mass_block(const AttentionRun& run, int64_t head, const Tile& tile,
-                           const Workspace& w, RowBlock block, float* mass) {
+                           const Workspace& w, RowBlock block, Lines fetch, float* mass) {
   const DecodeAttentionParams& p = run.p;
-  if (!multiply_queries(run, tile, w, block, tile.next, w.scores)) return;
+  if (!multiply_queries(run, tile, w, block, fetch, w.scores)) return;
   for (int i = 0; i < block.count; ++i) {
     const int64_t row = block.begin + i;
     const float lse = p.lse[output_row(p, head, row)];
@@ -34,18 +34,24 @@ inline float* mass_of(const DecodeAttentionParams& p, int64_t head, const TileRe
   return p.mass + (head * p.cache.num_tiers + ref.tier) * p.cache.max_pages * PAGE_SIZE + first;
 }
 
-inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Workspace& w) {
+inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Workspace& w,
+                           Feed& feed) {
   const DecodeAttentionParams& p = run.p;
   prepare_queries(p, piece.head, run.rotated, w.queries);
   Tile tile;
   for (int64_t i = piece.begin; i < piece.end; ++i) {
-    open_tile(p, piece.head, i, 1, tile);
+    open_tile(p, piece.head, i, tile);
+    feed.open(tile.ref.tier);
     float* out = mass_of(p, piece.head, tile.ref);
     if (tile.visible == 0 || out == nullptr) continue;
     alignas(64) float mass[PAGE_SIZE] = {};
-    load_k(run, tile, w, tile.next);
-    for_row_blocks(num_rows(p),
-                   [&](RowBlock block) { add_mass_block(run, piece.head, tile, w, block, mass); });
+    feed.begin(1);
+    Lines fetch = lines_for(feed, tile, p.cache.head_dim);
+    load_k(run, tile, w, fetch);
+    for_row_blocks(num_rows(p), [&](RowBlock block) {
+      add_mass_block(run, piece.head, tile, w, block, fetch, mass);
+      fetch = no_lines(tile.positions);
+    });
     __builtin_memcpy(out, mass, tile.ref.count * sizeof(float));
   }
 }

@@ -18,21 +18,14 @@ int64_t tier_tiles(const DecodeAttentionParams& p, int64_t head, int tier) {
   return (tier_length(p, head, tier) + PAGE_SIZE - 1) / PAGE_SIZE;
 }
 
-// Time of a tile, in units of bytes: measured, roughly.
+}  // namespace
+
 int64_t tile_cost(const DecodeAttentionParams& p, int tier) {
   const int64_t values = int64_t{2} * PAGE_SIZE * p.cache.head_dim;
   const bool is_window = tier == p.cache.num_tiers;
   const int64_t bytes = is_window ? values * dtype_size(p.q.dtype) : p.cache.page_bytes[tier];
   return bytes + values / 4;
 }
-
-int64_t head_cost(const DecodeAttentionParams& p, int64_t head) {
-  int64_t cost = 0;
-  for (int t = 0; t <= p.cache.num_tiers; ++t) cost += tier_tiles(p, head, t) * tile_cost(p, t);
-  return cost;
-}
-
-}  // namespace
 
 TileRef tile_at(const DecodeAttentionParams& p, int64_t head, int64_t tile) {
   int tier = 0;
@@ -45,28 +38,47 @@ TileRef tile_at(const DecodeAttentionParams& p, int64_t head, int64_t tile) {
   return {tier, tile, static_cast<int>(std::min<int64_t>(left, PAGE_SIZE))};
 }
 
-const uint8_t* page_of_tile(const DecodeAttentionParams& p, int64_t head, int64_t tile) {
-  const PagedKV& cache = p.cache;
-  const int64_t heads = int64_t{cache.batch} * cache.num_kv_heads;
-  for (const int64_t end = std::min(head + 2, heads); head < end; ++head) {
-    for (int tier = 0; tier < cache.num_tiers; ++tier) {
-      const int64_t tiles = tier_tiles(p, head, tier);
-      if (tile < tiles) {
-        const int64_t list = head * cache.num_tiers + tier;
-        const int32_t page = cache.block_table[list * cache.max_pages + tile];
-        return cache.pools[tier] + page * cache.page_bytes[tier];
-      }
-      tile -= tiles;
+PageWalk::PageWalk(const DecodeAttentionParams& params, const Piece* begin, const Piece* end)
+    : params_(&params), piece_(begin), end_(end) {
+  if (piece_ != end_) start_piece();
+}
+
+void PageWalk::start_piece() {
+  at_ = tile_at(*params_, piece_->head, piece_->begin);
+  left_ = piece_->end - piece_->begin;
+}
+
+PageRef PageWalk::next() {
+  const PagedKV& cache = params_->cache;
+  while (piece_ != end_) {
+    if (left_ == 0 || at_.tier == cache.num_tiers) {
+      if (++piece_ != end_) start_piece();
+    } else if (at_.index >= tier_tiles(*params_, piece_->head, at_.tier)) {
+      ++at_.tier;
+      at_.index = 0;
+    } else {
+      --left_;
+      const int64_t list = piece_->head * cache.num_tiers + at_.tier,
+                    bytes = cache.page_bytes[at_.tier];
+      return {
+          cache.pools[at_.tier] + cache.block_table[list * cache.max_pages + at_.index++] * bytes,
+          bytes};
     }
   }
-  return nullptr;
+  return {nullptr, 0};
 }
 
 // Walks the tiles of all heads once and closes a part whenever its share of the cost is reached.
 class AttentionPlan::Planner {
  public:
   Planner(const DecodeAttentionParams& params, int64_t parts) : params_(params), parts_(parts) {
-    for (int64_t head = 0; head < num_heads(); ++head) total_ += head_cost(params, head);
+    for (int64_t head = 0; head < num_heads(); ++head) {
+      for (int t = 0; t <= params.cache.num_tiers; ++t) {
+        const int64_t tiles = tier_tiles(params, head, t);
+        total_ += tiles * tile_cost(params, t);
+        if (t < params.cache.num_tiers) bytes_ += tiles * params.cache.page_bytes[t];
+      }
+    }
     part_begin.push_back(0);
     for (int64_t head = 0; head < num_heads(); ++head) add_head(head);
     while (static_cast<int64_t>(part_begin.size()) <= parts_) close_part();
@@ -77,6 +89,9 @@ class AttentionPlan::Planner {
   std::vector<SplitHead> splits;
   int64_t num_split_pieces = 0;
   int64_t max_tiles = 0;
+  double bytes_per_cost() const {
+    return total_ == 0 ? 0 : static_cast<double>(bytes_) / static_cast<double>(total_);
+  }
 
  private:
   int64_t num_heads() const { return int64_t{params_.cache.batch} * params_.cache.num_kv_heads; }
@@ -116,7 +131,7 @@ class AttentionPlan::Planner {
 
   const DecodeAttentionParams& params_;
   int64_t parts_;
-  int64_t total_ = 0, done_ = 0;
+  int64_t total_ = 0, bytes_ = 0, done_ = 0;
 };
 
 AttentionPlan::AttentionPlan(const DecodeAttentionParams& params, int64_t parts)
@@ -127,6 +142,7 @@ AttentionPlan::AttentionPlan(const DecodeAttentionParams& params, int64_t parts)
   num_splits = static_cast<int64_t>(planner_->splits.size());
   num_states = parts + planner_->num_split_pieces;
   max_tiles = planner_->max_tiles;
+  bytes_per_cost = planner_->bytes_per_cost();
 }
 
 AttentionPlan::~AttentionPlan() { delete planner_; }

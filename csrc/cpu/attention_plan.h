@@ -42,17 +42,37 @@ class AttentionPlan {
   const SplitHead* splits;
   int64_t num_splits;
   int64_t num_states;
-  int64_t max_tiles;  // of a head
+  int64_t max_tiles;      // of a head
+  double bytes_per_cost;  // of pages, over all tiles
 
  private:
   class Planner;
   Planner* planner_;
 };
 
+// Time of a tile, in units of bytes: measured, roughly.
+int64_t tile_cost(const DecodeAttentionParams& params, int tier);
+
 TileRef tile_at(const DecodeAttentionParams& params, int64_t head, int64_t tile);
 
-// The page of a tile, which may count on into the pages of the next head: what will be read soon.
-// Null behind them.
-const uint8_t* page_of_tile(const DecodeAttentionParams& params, int64_t head, int64_t tile);
+struct PageRef {
+  const uint8_t* page;  // null behind the last
+  int64_t bytes;
+};
+
+// The pages of neighbouring pieces in the order in which they are read.
+class PageWalk {
+ public:
+  PageWalk(const DecodeAttentionParams& params, const Piece* begin, const Piece* end);
+  PageRef next();
+
+ private:
+  void start_piece();
+
+  const DecodeAttentionParams* params_;
+  const Piece *piece_, *end_;
+  TileRef at_{};
+  int64_t left_ = 0;  // tiles of the piece
+};
 
 }  // namespace smartkv

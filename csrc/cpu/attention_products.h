@@ -23,11 +23,21 @@ SMARTKV_INLINE bool is_v_fused(const AttentionRun& run, const Tile& tile) {
 }
 
 // Codes of K or V, and the lines to fetch meanwhile.
-SMARTKV_INLINE CodeStream k_stream(const Tile& tile, const uint8_t* fetch) {
-  return {tile.page, fetch};
-}
-SMARTKV_INLINE CodeStream v_stream(const Tile& tile, int head_dim, const uint8_t* fetch) {
+SMARTKV_INLINE CodeStream k_stream(const Tile& tile, Lines fetch) { return {tile.page, fetch}; }
+SMARTKV_INLINE CodeStream v_stream(const Tile& tile, int head_dim, Lines fetch) {
   return {v_codes_of(tile, head_dim), fetch};
+}
+// The section of an 8-bit page, unpacked before, while the lines were fetched.
+SMARTKV_INLINE CodeStream unpacked_stream(const float* tile) {
+  const auto* codes = reinterpret_cast<const uint8_t*>(tile);
+  return {codes, no_lines(codes)};
+}
+
+// The lines that a product with a tile fetches.
+SMARTKV_INLINE Lines lines_for(Feed& feed, const Tile& tile, int head_dim) {
+  const int steps =
+      tile.bits < 16 ? record_lanes(tile.bits, head_dim) : row_steps(tile.k, head_dim);
+  return feed.take(steps, tile.positions);
 }
 
 // Whether integer products read the codes as an 8-bit section unpacked before.
@@ -38,8 +48,7 @@ SMARTKV_INLINE bool is_unpacked(const AttentionRun& run, const Tile& tile, int l
 }
 
 // What the products of K (V) need beside the page.
-inline void load_k(const AttentionRun& run, const Tile& tile, const Workspace& w,
-                   const uint8_t* fetch) {
+inline void load_k(const AttentionRun& run, const Tile& tile, const Workspace& w, Lines fetch) {
   const TierCodec& codec = run.codecs.at[tile.bits == 16 ? 0 : tile.ref.tier];
   if (is_integer(run, tile)) {
     if (!is_unpacked(run, tile, K_LANES)) return;
@@ -48,8 +57,7 @@ inline void load_k(const AttentionRun& run, const Tile& tile, const Workspace& w
     decode_tile_k(tile, run.codecs, run.p.cache.head_dim, w.k_tile);
   }
 }
-inline void load_v(const AttentionRun& run, const Tile& tile, const Workspace& w,
-                   const uint8_t* fetch) {
+inline void load_v(const AttentionRun& run, const Tile& tile, const Workspace& w, Lines fetch) {
   const TierCodec& codec = run.codecs.at[tile.bits == 16 ? 0 : tile.ref.tier];
   const int head_dim = run.p.cache.head_dim;
   if (is_integer(run, tile)) {
@@ -62,8 +70,7 @@ inline void load_v(const AttentionRun& run, const Tile& tile, const Workspace& w
 }
 
 inline void multiply_integer(const AttentionRun& run, const Tile& tile, const Workspace& w,
-                             RowBlock block, const uint8_t* fetch, float* scores) {
-  const auto* unpacked = reinterpret_cast<const uint8_t*>(w.k_tile);
+                             RowBlock block, Lines fetch, float* scores) {
   const bool is_wide = is_unpacked(run, tile, K_LANES);
   const TierCodec& codec = run.codecs.at[tile.ref.tier];
   const int digits = digits_of(run, tile);
@@ -76,13 +83,13 @@ inline void multiply_integer(const AttentionRun& run, const Tile& tile, const Wo
                        q.start,
                        num};
   dot_k_rows(codec, is_wide ? 8 : tile.bits,
-             is_wide ? CodeStream{unpacked, unpacked} : k_stream(tile, fetch), digits,
+             is_wide ? unpacked_stream(w.k_tile) : k_stream(tile, fetch), digits,
              rows.from_row(block.begin), block.count, scores);
 }
 
 // Products of the queries of a block with a tile; false when none of them can see it.
 inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Workspace& w,
-                             RowBlock block, const uint8_t* fetch, float* scores) {
+                             RowBlock block, Lines fetch, float* scores) {
   const DecodeAttentionParams& p = run.p;
   const int64_t last = (block.begin + block.count - 1) / num_groups(p);
   if (span_of_query(p, last).high < tile.first_position) return false;
@@ -98,7 +105,7 @@ inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Wo
   }
   const float* q = tile.bits == 16 ? w.queries.plain : w.queries.rotated;
   if (is_dense(run, tile)) {
-    dense_k_rows(tile.k, head_dim, block.count, q + block.begin * head_dim, scores);
+    dense_k_rows(tile.k, fetch, head_dim, block.count, q + block.begin * head_dim, scores);
     return true;
   }
   gemm<false>(
@@ -109,11 +116,10 @@ inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Wo
 
 // O += P V of a block for tile t of the batch.
 inline void multiply_weights(const AttentionRun& run, const Tile& tile, const Workspace& w,
-                             const Batch& batch, int t, const uint8_t* fetch) {
+                             const Batch& batch, int t, Lines fetch) {
   const int head_dim = batch.head_dim;
   float* o = batch.rows.o;
   if (is_integer(run, tile)) {
-    const auto* unpacked = reinterpret_cast<const uint8_t*>(w.v_tile);
     const bool is_wide = is_unpacked(run, tile, V_LANES);
     const DigitRows weights{reinterpret_cast<const char*>(batch.digits_at(t, 0)),
                             PROBABILITY_PLANE,
@@ -122,10 +128,10 @@ inline void multiply_weights(const AttentionRun& run, const Tile& tile, const Wo
                             nullptr,
                             0};
     dot_v_rows(run.codecs.at[tile.ref.tier], is_wide ? 8 : tile.bits,
-               is_wide ? CodeStream{unpacked, unpacked} : v_stream(tile, head_dim, fetch),
+               is_wide ? unpacked_stream(w.v_tile) : v_stream(tile, head_dim, fetch),
                digits_of(run, tile), weights, batch.count, o);
   } else if (is_dense(run, tile)) {
-    dense_v_rows(tile.v, tile.visible, head_dim, batch.count, batch.scores_at(t, 0), o);
+    dense_v_rows(tile.v, fetch, tile.visible, head_dim, batch.count, batch.scores_at(t, 0), o);
   } else if (is_v_fused(run, tile)) {
     multiply_v_rows(run.codecs.at[tile.ref.tier], v_stream(tile, head_dim, fetch), batch.count,
                     batch.scores_at(t, 0), o);

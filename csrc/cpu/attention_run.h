@@ -83,6 +83,12 @@ inline State state_of(const AttentionRun& run, int64_t slot) {
   return {has_output ? x : nullptr, max, max + rows};
 }
 
+inline Feed feed_of(const AttentionRun& run, int64_t part, int ahead) {
+  const Piece* pieces = run.plan.pieces;
+  return {run.p, pieces + run.plan.part_begin[part], pieces + run.plan.part_begin[part + 1], ahead,
+          run.plan.bytes_per_cost};
+}
+
 SMARTKV_INLINE State state_row(State state, int64_t row, int head_dim) {
   return {state.o == nullptr ? nullptr : state.o + row * head_dim, state.max + row,
           state.sum + row};

@@ -18,11 +18,9 @@ struct Tile {
   TileRef ref;
   int bits;
   const uint8_t* page;  // of a paged tile
-  const uint8_t* next;  // the page that is fetched meanwhile, of any tier, or the page itself
-  int64_t page_bytes;
-  Rows k, v;         // of a raw tile
-  uint64_t visible;  // bit i: some query sees slot i
-  bool all_visible;  // every query sees every slot
+  Rows k, v;            // of a raw tile
+  uint64_t visible;     // bit i: some query sees slot i
+  bool all_visible;     // every query sees every slot
   int32_t first_position;
   Shares shares;
 };
@@ -96,8 +94,7 @@ inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile&
 }
 
 // Everything but the decoded values. Leaves `visible` 0 where no query sees any slot.
-inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t index, int ahead,
-                      Tile& tile) {
+inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t index, Tile& tile) {
   const PagedKV& cache = p.cache;
   tile.ref = tile_at(p, head, index);
   if (tile.ref.tier == cache.num_tiers) {
@@ -113,15 +110,11 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
   tile.page = page;
   load_positions(tile, page + layout.position);
   find_visible(p, tile);
-  const uint8_t* next = page_of_tile(p, head, index + ahead);
-  tile.next = next == nullptr ? page : next;
-  tile.page_bytes = layout.page_bytes;
   if (layout.bits == 16) {
     const char* rows = reinterpret_cast<const char*>(page);
     const int64_t stride = int64_t{cache.head_dim} * layout.itemsize;
-    const int64_t to_next = tile.next - tile.page;
-    tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count, to_next};
-    tile.v = {rows + layout.v_codes, cache.raw_dtype, stride, tile.ref.count, to_next};
+    tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count, 0};
+    tile.v = {rows + layout.v_codes, cache.raw_dtype, stride, tile.ref.count, 0};
     set_unit_scales(tile);
     return;
   }

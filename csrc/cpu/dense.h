@@ -12,6 +12,15 @@ constexpr int DENSE_ROWS = 8, DENSE_SUMS = 4;
 constexpr int DENSE_ROWS = 4, DENSE_SUMS = 2;
 #endif
 
+// Steps of a product with rows: one for each line of K or V.
+SMARTKV_INLINE int row_steps(const Rows& rows, int head_dim) {
+  return rows.count * ((head_dim * dtype_size(rows.dtype) + 63) / 64);
+}
+SMARTKV_INLINE void fetch_row(const Rows& rows, Lines& fetch, const char* line) {
+  if (rows.ahead != 0) __builtin_prefetch(line + rows.ahead);
+  fetch.step();
+}
+
 // Lane i: the sum of the lanes of x[i].
 SMARTKV_INLINE F sum_lanes(F (&x)[16]) {
   const auto halve = [&]<int H>() {
@@ -30,7 +39,7 @@ SMARTKV_INLINE F sum_lanes(F (&x)[16]) {
 
 // scores[r][t] = q[r] . K[t]; columns past rows.count are left as they are.
 template <DType DTYPE, int ROWS>
-inline void dense_k(const Rows& rows, int head_dim, const float* q, float* scores) {
+inline void dense_k(const Rows& rows, Lines& fetch, int head_dim, const float* q, float* scores) {
   constexpr int PADDED = ROWS == 3 ? 4 : ROWS, TOKENS = 16 / PADDED;
   constexpr int STEP = DENSE_SUMS / PADDED > 0 ? DENSE_SUMS / PADDED : 1;
   for (int token = 0; token < rows.count; token += TOKENS) {
@@ -49,7 +58,7 @@ inline void dense_k(const Rows& rows, int head_dim, const float* q, float* score
         const bool is_line = c * dtype_size(DTYPE) % 64 == 0;
         SMARTKV_UNROLL
         for (int t = 0; t < STEP; ++t) {
-          if (is_line) __builtin_prefetch(row[t] + rows.ahead + c * dtype_size(DTYPE));
+          if (is_line) fetch_row(rows, fetch, row[t] + c * dtype_size(DTYPE));
           const F x = load_values<DTYPE>(row[t], c);
           SMARTKV_UNROLL
           for (int r = 0; r < ROWS; ++r) {
@@ -70,8 +79,8 @@ inline void dense_k(const Rows& rows, int head_dim, const float* q, float* score
 // out[r][c..] += sum over visible t of p[r][t] V[t][c..] for VECS vectors of channels. Rows that
 // nobody sees may hold NaN and are not read.
 template <DType DTYPE, int ROWS, int VECS>
-inline void dense_v_columns(const Rows& rows, uint64_t visible, int head_dim, const float* p,
-                            float* out, int c) {
+inline void dense_v_columns(const Rows& rows, Lines& fetch, uint64_t visible, int head_dim,
+                            const float* p, float* out, int c) {
   F sum[ROWS][VECS];
   SMARTKV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
@@ -85,7 +94,7 @@ inline void dense_v_columns(const Rows& rows, uint64_t visible, int head_dim, co
     SMARTKV_UNROLL
     for (int v = 0; v < VECS; ++v) {
       const int at = (c + 16 * v) * dtype_size(DTYPE);
-      if (at % 64 == 0) __builtin_prefetch(row + rows.ahead + at);
+      if (at % 64 == 0) fetch_row(rows, fetch, row + at);
       x[v] = load_values<DTYPE>(row, c + 16 * v);
     }
     multiply_add<ROWS, VECS>(sum, x, p + n, PAGE_SIZE);
@@ -98,33 +107,35 @@ inline void dense_v_columns(const Rows& rows, uint64_t visible, int head_dim, co
 }
 
 template <DType DTYPE, int ROWS>
-inline void dense_v(const Rows& rows, uint64_t visible, int head_dim, const float* p, float* out) {
+inline void dense_v(const Rows& rows, Lines& fetch, uint64_t visible, int head_dim, const float* p,
+                    float* out) {
   constexpr int VECS = FUSED_VECS;
   int c = 0;
   for (; c + 16 * VECS <= head_dim; c += 16 * VECS) {
-    dense_v_columns<DTYPE, ROWS, VECS>(rows, visible, head_dim, p, out, c);
+    dense_v_columns<DTYPE, ROWS, VECS>(rows, fetch, visible, head_dim, p, out, c);
   }
   for (; c < head_dim; c += 16) {
-    dense_v_columns<DTYPE, ROWS, 1>(rows, visible, head_dim, p, out, c);
+    dense_v_columns<DTYPE, ROWS, 1>(rows, fetch, visible, head_dim, p, out, c);
   }
 }
 
-inline void dense_k_rows(const Rows& rows, int head_dim, int count, const float* q, float* scores) {
+inline void dense_k_rows(const Rows& rows, Lines fetch, int head_dim, int count, const float* q,
+                         float* scores) {
   with_dtype(rows.dtype, [&]<DType DTYPE>() {
     for (int r = 0; r < count; r += FUSED_BLOCK) {
       with_rows(count - r, [&]<int ROWS>() {
-        dense_k<DTYPE, ROWS>(rows, head_dim, q + r * head_dim, scores + r * PAGE_SIZE);
+        dense_k<DTYPE, ROWS>(rows, fetch, head_dim, q + r * head_dim, scores + r * PAGE_SIZE);
       });
     }
   });
 }
 
-inline void dense_v_rows(const Rows& rows, uint64_t visible, int head_dim, int count,
+inline void dense_v_rows(const Rows& rows, Lines fetch, uint64_t visible, int head_dim, int count,
                          const float* p, float* out) {
   with_dtype(rows.dtype, [&]<DType DTYPE>() {
     for (int r = 0; r < count; r += FUSED_BLOCK) {
       with_rows(count - r, [&]<int ROWS>() {
-        dense_v<DTYPE, ROWS>(rows, visible, head_dim, p + r * PAGE_SIZE, out + r * head_dim);
+        dense_v<DTYPE, ROWS>(rows, fetch, visible, head_dim, p + r * PAGE_SIZE, out + r * head_dim);
       });
     }
   });

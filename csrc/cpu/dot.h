@@ -243,6 +243,7 @@ inline void dot_k_rows(const TierCodec& codec, int bits, CodeStream stream, int 
       dot_k<BITS, DIGITS, ROWS>(Section<BITS>(stream, codec.head_dim, K_LANES), levels,
                                 q.from_row(r), scores + r * PAGE_SIZE);
     });
+    stream.fetch = no_lines(stream.codes);  // one pass is enough
   }
 }
 
@@ -262,6 +263,7 @@ inline void dot_v_rows(const TierCodec& codec, int bits, CodeStream stream, int 
       }
       multiply.template operator()<BITS>();
     });
+    stream.fetch = no_lines(stream.codes);
   }
 }
 

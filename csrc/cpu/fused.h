@@ -32,19 +32,16 @@ SMARTKV_INLINE void levels_of(const CodeReader<BITS>& reader, const I (&words)[V
   for (int v = 0; v < VECS; ++v) x[v] = reader.template level<INDEX>(words[v]);
 }
 
-// Packed codes, and where those of the next tile lie: its lines are fetched in step with the
-// arithmetic, about as many per step as are used. A burst at the start of a tile is slower.
+// Packed codes, and what is fetched in step with the arithmetic on them.
 struct CodeStream {
   const uint8_t* codes;
-  const uint8_t* next;
+  Lines fetch;
 };
 
 template <int BITS>
-SMARTKV_INLINE void prefetch_step(const uint8_t*& next) {
-  constexpr int LINES = (BITS + 1) / 2;
+SMARTKV_INLINE void fetch_step(Lines& lines) {
   SMARTKV_UNROLL
-  for (int i = 0; i < LINES; ++i) __builtin_prefetch(next + 64 * i);
-  next += 64 * LINES;
+  for (int i = 0; i < (BITS + 1) / 2; ++i) lines.step();
 }
 
 // scores[r][t] = sum over c of q[r][c] K[c][t].
@@ -62,7 +59,7 @@ inline void multiply_k(const TierCodec& codec, CodeStream stream, const float* q
       for (int v = 0; v < VECS; ++v) sum[r][v] = splat(0.0f);
     }
     for (int c = 0; c < head_dim; c += 4) {
-      if (block == 0) prefetch_step<BITS>(stream.next);
+      if (block == 0) fetch_step<BITS>(stream.fetch);
       I words[VECS];
       SMARTKV_UNROLL
       for (int v = 0; v < VECS; ++v) words[v] = reader.k_word(codes, c, block + v);
@@ -97,7 +94,7 @@ inline void multiply_v_columns(const TierCodec& codec, CodeStream& stream, const
     for (int v = 0; v < VECS; ++v) sum[r][v] = load(out + r * head_dim + c + 16 * v);
   }
   for (int quad = 0; quad < PAGE_SIZE / 4; ++quad, p += 4) {
-    if (VECS > 1 || c % 64 == 0) prefetch_step<BITS>(stream.next);
+    if (VECS > 1 || c % 64 == 0) fetch_step<BITS>(stream.fetch);
     I words[VECS];
     SMARTKV_UNROLL
     for (int v = 0; v < VECS; ++v) words[v] = reader.v_word(stream.codes, c + 16 * v, quad);
@@ -166,6 +163,7 @@ inline void multiply_k_rows(const TierCodec& codec, CodeStream stream, int rows,
         multiply_k<BITS, ROWS>(codec, stream, q + r * codec.head_dim, scores + r * PAGE_SIZE);
       });
     });
+    stream.fetch = no_lines(stream.codes);
   }
 }
 
@@ -177,6 +175,7 @@ inline void multiply_v_rows(const TierCodec& codec, CodeStream stream, int rows,
         multiply_v<BITS, ROWS>(codec, stream, p + r * PAGE_SIZE, out + r * codec.head_dim);
       });
     });
+    stream.fetch = no_lines(stream.codes);
   }
 }
 

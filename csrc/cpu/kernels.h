@@ -13,6 +13,7 @@
 #include "compact.h"
 #include "codec.h"
 #include "tile.h"
+#include "feed.h"
 #include "fused.h"
 #include "dense.h"
 #include "section.h"

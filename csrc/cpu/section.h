@@ -146,13 +146,13 @@ struct CodeWords<HALF_3> {
 template <int BITS>
 struct Section {
   const uint8_t* codes;
-  const uint8_t* next;  // the same section of the next page, fetched line by line meanwhile
+  Lines fetch;
   int groups;
   int64_t high;  // offset of the second plane, 3 bits
 
   SMARTKV_INLINE Section(CodeStream stream, int head_dim, int lanes_per_load)
       : codes(stream.codes),
-        next(stream.next),
+        fetch(stream.fetch),
         groups(BITS == HALF_3 ? 1 : plane_lanes(head_dim, BITS == 3 ? 1 : BITS) / lanes_per_load),
         high(int64_t{PAGE_SIZE} * plane_lanes(head_dim, 2)) {}
 
@@ -173,8 +173,7 @@ struct Section {
   SMARTKV_INLINE void prefetch() {
     constexpr int LINES = BITS == 3 ? 3 : BITS == HALF_3 ? 2 : 1;
     SMARTKV_UNROLL
-    for (int i = 0; i < LINES; ++i) __builtin_prefetch(next + 64 * i, 0, 3);
-    next += 64 * LINES;
+    for (int i = 0; i < LINES; ++i) fetch.step();
   }
 };
 
@@ -220,6 +219,7 @@ inline void unpack_section(const TierCodec& codec, CodeStream stream, uint8_t* o
   for (int unit = 0; unit < units; ++unit) {
     if (LANES == V_LANES) codec.spread_v_words(stream.codes, unit, words);
     for (int group = 0; group < per_unit; ++group) {
+      stream.fetch.step();
       const I word = LANES == K_LANES ? reader.k_codes(stream.codes, group * K_LANES, unit)
                                       : reader.merge(load_words(words[0] + group * V_LANES),
                                                      load_words(words[1] + group * V_LANES));

@@ -78,7 +78,8 @@ struct Rows {
   DType dtype;
   int64_t stride;  // bytes
   int count;
-  int64_t ahead;  // bytes to the same row of the next tile, to be fetched meanwhile; 0: none
+  int64_t
+      ahead;  // of the window: bytes to the same row of the next tile, fetched meanwhile; else 0
 };
 
 template <int H, class V, int... LANE>
@@ -124,9 +125,6 @@ inline void load_transposed(float* out, const Rows& rows, int head_dim) {
         for (int i = 0; i < 16; ++i) {
           const int n = token + i < rows.count ? token + i : rows.count - 1;
           const char* row = rows.data + n * rows.stride;
-          if (c * dtype_size(DTYPE) % 64 == 0) {
-            __builtin_prefetch(row + rows.ahead + c * dtype_size(DTYPE));
-          }
           x[i] = load_values<DTYPE>(row, c);
         }
         exchange_rows<1>(x);
@@ -147,9 +145,6 @@ inline void load_visible(float* out, const Rows& rows, int head_dim, uint64_t vi
   for (int n = 0; n < PAGE_SIZE; ++n, out += stride) {
     if (visible >> n & 1) {
       const char* row = rows.data + n * rows.stride;
-      for (int i = 0; i < head_dim * dtype_size(rows.dtype); i += 64) {
-        __builtin_prefetch(row + rows.ahead + i);
-      }
       load_row(out, row, rows.dtype, head_dim);
     } else {
       __builtin_memset(out, 0, head_dim * sizeof(float));
