@@ -30,8 +30,8 @@ def test_saved_recording(tmp_path):
     model = tiny("qwen2").to(torch.bfloat16)
     with torch.no_grad(), patch(model):
         recording = record(model, prompts(1, 100)[0])
-    recording.save(tmp_path / "r.safetensors")
-    again = Recording.load(tmp_path / "r.safetensors")
+    recording.save(tmp_path / "new" / "r.safetensors")
+    again = Recording.load(tmp_path / "new" / "r.safetensors")
     assert torch.equal(again.ids, recording.ids) and len(again.layers) == 4
     assert again.softmax_scale == pytest.approx(recording.softmax_scale)
     for a, b in zip(again.layers, recording.layers, strict=True):

@@ -60,6 +60,7 @@ class Recording:
         tensors = {"ids": self.ids, "next_token": self.next_token, "softmax_scale": torch.tensor(self.softmax_scale)}
         for i, layer in enumerate(self.layers):
             tensors |= {f"{i}.{field.name}": getattr(layer, field.name).contiguous() for field in fields(layer)}
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file(tensors, partial)
         partial.rename(path)
