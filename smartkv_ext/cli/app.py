@@ -82,17 +82,16 @@ def generate(
 def demo(
     model: Model = "smollm2",
     budget: Budget = "0.125",
-    policy: PolicyName = "keydiff",
-    tiers: Tiers = "3",
-    window: Window = 16,
-    scope: Scope = "layer",
+    policy: PolicyName = "auto",
+    tiers: Tiers = "2,3,4,8,16",
+    window: Window = 128,
+    scope: Scope = "head",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Hide a note in Python's language reference, compress to 1/8, then ask for it.
 
-    The defaults suit the small embedded model: it does not survive keys of 2 bits, and in float32 a long window would
-    take half of the budget. keydiff finds what is unlike the rest.
+    The settings are those of generate: nothing is tuned to the note.
     """
     from .demo import run_demo
     from .session import Session

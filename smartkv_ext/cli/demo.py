@@ -15,10 +15,10 @@ NUM_TOKENS = 3000  # SmolLM2-135M finds the note with its full cache here, and n
 NOTE_AT = 0.2  # of the document
 NOTE = "Note: Anna's favourite fruit is mango."
 QUESTION = "What is Anna's favourite fruit?"
-# Measured with SmolLM2-135M and the demo's default settings, keydiff. Whoever changes those measures this again.
+# Measured with SmolLM2-135M and the default settings. Whoever changes those measures this again (docs/LOG.md).
 BEST_CASE = (
-    "A best case: note and settings were picked because the small model answers. Of 8 notes that it found with its "
-    "full cache, 3 could still be asked for after compression to an eighth."
+    "A best case: the note was picked because the small model answers. Of 12 notes it found 9 with its full cache, and "
+    "5 of them after compression to an eighth."
 )
 ANSWER = "mango"  # what a right answer contains
 
