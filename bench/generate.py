@@ -6,8 +6,8 @@ python -m bench.generate --model FOLDER --dtype bfloat16 --context 8192 --cache 
 Every cache sees the same text and decodes the same tokens, on a CPU in two processes of its own: one is timed, the
 other's memory is watched. With --out, each measurement is appended to a JSON-lines file; what is already there is not
 measured again, so an interrupted run continues. Only what was measured while other processes used the CPU is measured
-anew, and the newer line counts. quanto, hqq and fp8 are the backends of transformers' QuantizedCache (pip install optimum-quanto
-hqq).
+anew, and the newer line counts. quanto, hqq and fp8 are the backends of transformers' QuantizedCache (pip install
+optimum-quanto hqq).
 """
 
 from __future__ import annotations

@@ -11,13 +11,16 @@ namespace {
 
 constexpr int PLAN_THREADS = 256;
 constexpr int PLAN_WARPS = PLAN_THREADS / WARP;
+constexpr int TARGETS_OF_THREAD = 16;  // one load
 constexpr int WARPS_PER_BLOCK = 4;
+constexpr int MAX_PLANES = 2;
+constexpr int LANES_PER_VALUE = 8;  // of V: four tokens by eight channels are a sector
 constexpr int MAX_BLOCKS_PER_HEAD = 256;
 
 // What becomes of the records of each head and tier `t`, its list = head * num_tiers + t.
 struct Plan {
   int32_t* holes;      // [lists, capacity]: slots below the new end that are free, ascending
-  int32_t* survivors;  // [lists, capacity]: records above it that stay, descending
+  int32_t* survivors;  // [lists, capacity]: records above it that stay, ascending, as many
   int32_t* demoted;    // [lists, capacity]: of tier s at its start: those for tier t, then ...
   int32_t* num_holes;  // [lists]
   int32_t* kept;       // [lists], records that stay in the tier
@@ -27,56 +30,93 @@ struct Plan {
 
 // Kernels
 
-// Exclusive count of `flag` over the threads of the block in order, plus `total` so far, which is
+// Exclusive sum of `count` over the threads of the block in order, plus `total` so far, which is
 // advanced.
-__device__ __forceinline__ int rank_in_block(bool flag, int32_t (&counts)[PLAN_WARPS], int& total) {
+__device__ __forceinline__ int rank_in_block(int count, int32_t (&sums)[PLAN_WARPS], int& total) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const unsigned lanes = __ballot_sync(ALL_LANES, flag);
-  __syncthreads();  // the counts before these have been read
-  if (lane == 0) counts[warp] = __popc(lanes);
+  int sum = count;
+#pragma unroll
+  for (int distance = 1; distance < WARP; distance *= 2) {
+    const int other = __shfl_up_sync(ALL_LANES, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  __syncthreads();  // the sums before these have been read
+  if (lane == WARP - 1) sums[warp] = sum;
   __syncthreads();
-  int rank = total + __popc(lanes & ((1u << lane) - 1));
+  int rank = total + sum - count;
   for (int w = 0; w < PLAN_WARPS; ++w) {
-    if (w < warp) rank += counts[w];
-    total += counts[w];
+    if (w < warp) rank += sums[w];
+    total += sums[w];
   }
   return rank;
 }
 
+// Sixteen targets of a list, from a multiple of sixteen on.
+struct Targets {
+  uint4 words;
+  int first, length;  // of the list
+
+  __device__ __forceinline__ Targets(const int8_t* targets, int first, int length)
+      : words{}, first(first), length(length) {
+    if (!is_within(first, length)) return;
+    if (reinterpret_cast<uintptr_t>(targets) % sizeof words == 0) {
+      words = *reinterpret_cast<const uint4*>(targets + first);
+    } else {
+      memcpy(&words, targets + first, sizeof words);
+    }
+  }
+
+  // Bit k: the k-th is a record for `tier`.
+  __device__ __forceinline__ unsigned for_tier(int tier) const {
+    unsigned found = 0;
+#pragma unroll
+    for (int k = 0; k < TARGETS_OF_THREAD; ++k) {
+      const unsigned word = k < 4 ? words.x : k < 8 ? words.y : k < 12 ? words.z : words.w;
+      const bool is_for = static_cast<int8_t>(word >> k % 4 * 8) == tier;
+      found |= static_cast<unsigned>(is_for && is_within(first + k, length)) << k;
+    }
+    return found;
+  }
+};
+
+// first + k for every bit k of `found`, in order.
+__device__ __forceinline__ void list_bits(int32_t* to, int first, unsigned found) {
+#pragma unroll
+  for (int k = 0; k < TARGETS_OF_THREAD; ++k) {
+    if (found >> k & 1) *to++ = first + k;
+  }
+}
+
 // A block per list. grid_shape: [batch * num_kv_heads * num_tiers].
 __global__ void __launch_bounds__(PLAN_THREADS) plan_compact_kernel(CompactParams p, Plan plan) {
-  SMARTKV_SHARED(counts, int32_t[PLAN_WARPS]);
+  SMARTKV_SHARED(sums, int32_t[PLAN_WARPS]);
+  constexpr int STEP = PLAN_THREADS * TARGETS_OF_THREAD;
   const int64_t list = blockIdx.x;
   const int tier = static_cast<int>(list % p.cache.num_tiers);
   const int length = list_length(p.cache, list / p.cache.num_tiers, tier);
   const int8_t* const targets = p.targets + list * plan.capacity;
-  const auto target_of = [&](int i) { return is_within(i, length) ? int{targets[i]} : -1; };
+  const int mine = static_cast<int>(threadIdx.x) * TARGETS_OF_THREAD;
   int kept = 0;
-  for (int first = 0; first < length; first += PLAN_THREADS) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    rank_in_block(target_of(i) == tier, counts, kept);
+  for (int first = mine; first - mine < length; first += STEP) {
+    rank_in_block(__popc(Targets(targets, first, length).for_tier(tier)), sums, kept);
   }
   int holes = 0, survivors = 0;
-  for (int first = 0; first < length; first += PLAN_THREADS) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    const bool stays = target_of(i) == tier, is_hole = i < kept && !stays;
-    const int hole = rank_in_block(is_hole, counts, holes);
-    if (is_hole) plan.holes[list * plan.capacity + hole] = i;
-    // As many survivors lie behind the end as there are holes before it: the k-th from above
-    // fills the k-th hole. From above, because that is the order that the CPU kernels have.
-    const int last = length - 1 - i;
-    const bool moves = last >= kept && target_of(last) == tier;
-    const int survivor = rank_in_block(moves, counts, survivors);
-    if (moves) plan.survivors[list * plan.capacity + survivor] = last;
+  for (int first = mine; first - mine < length; first += STEP) {
+    const unsigned stay = Targets(targets, first, length).for_tier(tier);
+    const unsigned below = (1u << clamp_to(0, kept - first, TARGETS_OF_THREAD)) - 1;
+    // As many survivors lie behind the end as there are holes before it.
+    const int hole = rank_in_block(__popc(~stay & below), sums, holes);
+    list_bits(plan.holes + list * plan.capacity + hole, first, ~stay & below);
+    const int survivor = rank_in_block(__popc(stay & ~below), sums, survivors);
+    list_bits(plan.survivors + list * plan.capacity + survivor, first, stay & ~below);
   }
   int demoted = 0;
   for (int t = 0; t < tier; ++t) {
     if (threadIdx.x == 0) plan.first[list * (MAX_TIERS + 1) + t] = demoted;
-    for (int first = 0; first < length; first += PLAN_THREADS) {
-      const int i = first + static_cast<int>(threadIdx.x);
-      const bool falls = target_of(i) == t;
-      const int rank = rank_in_block(falls, counts, demoted);
-      if (falls) plan.demoted[list * plan.capacity + rank] = i;
+    for (int first = mine; first - mine < length; first += STEP) {
+      const unsigned fall = Targets(targets, first, length).for_tier(t);
+      const int rank = rank_in_block(__popc(fall), sums, demoted);
+      list_bits(plan.demoted + list * plan.capacity + rank, first, fall);
     }
   }
   if (threadIdx.x != 0) return;
@@ -85,59 +125,105 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_compact_kernel(CompactParam
   plan.kept[list] = kept;
 }
 
-// The bytes of a record to another slot, by one warp.
-__device__ __forceinline__ void copy_record(const PageLayout& layout, uint8_t* to, int to_slot,
-                                            const uint8_t* from, int from_slot) {
-  const int lane = threadIdx.x % WARP;
-  for (int kind = 0; kind < 2; ++kind) {
-    int64_t start = kind == 0 ? layout.k_codes : layout.v_codes;
-    if (layout.bits == 16) {
-      const int words = layout.head_dim * layout.itemsize / 4;
-      auto* const out = reinterpret_cast<unsigned*>(to + start) + to_slot * words;
-      const auto* const in = reinterpret_cast<const unsigned*>(from + start) + from_slot * words;
-      for (int i = lane; i < words; i += WARP) out[i] = in[i];
-      continue;
+// A record's way to another slot of its tier.
+struct Move {
+  uint8_t* to;
+  const uint8_t* from;
+  int to_slot, from_slot;
+
+  __device__ __forceinline__ Move of_lane(int lane) const {
+    return {
+        reinterpret_cast<uint8_t*>(__shfl_sync(ALL_LANES, reinterpret_cast<uintptr_t>(to), lane)),
+        reinterpret_cast<const uint8_t*>(
+            __shfl_sync(ALL_LANES, reinterpret_cast<uintptr_t>(from), lane)),
+        __shfl_sync(ALL_LANES, to_slot, lane), __shfl_sync(ALL_LANES, from_slot, lane)};
+  }
+};
+
+// The values of `count` records of 16 bits, one after the other in pieces of 16 bytes.
+__device__ __forceinline__ void move_values(const PageLayout& layout, const Move& mine, int count) {
+  const int pieces = layout.head_dim * layout.itemsize / static_cast<int>(sizeof(uint4));
+  for (int i = 0; i < count; ++i) {
+    const Move move = mine.of_lane(i);
+    for (int j = threadIdx.x % WARP; j < 2 * pieces; j += WARP) {
+      const int64_t start = j < pieces ? layout.k_codes : layout.v_codes;
+      const int piece = j < pieces ? j : j - pieces;
+      reinterpret_cast<uint4*>(move.to + start)[move.to_slot * pieces + piece] =
+          reinterpret_cast<const uint4*>(move.from + start)[move.from_slot * pieces + piece];
     }
-    const Planes planes = code_planes(layout.bits);
-    for (int i = 0; i < planes.count; ++i) {
+  }
+}
+
+// The codes of up to 32 records, a lane each. Records that follow each other share the 32-byte
+// sectors of K, where a lane moves its own, word by word, and of V, where eight lanes do.
+__device__ __forceinline__ void move_codes(const PageLayout& layout, const Move& mine, int count) {
+  const int lane = threadIdx.x % WARP;
+  const Planes planes = code_planes(layout.bits);
+  int64_t start = layout.k_codes;
+#pragma unroll
+  for (int i = 0; i < MAX_PLANES; ++i) {
+    if (i >= planes.count) break;
+    const int lanes = plane_lanes(layout.head_dim, planes.width[i]);
+    if (is_within(lane, count)) {
+#pragma unroll 8
+      for (int j = 0; j < lanes; j += 4) {
+        *reinterpret_cast<unsigned*>(mine.to + start + k_lane_offset(lanes, mine.to_slot, j)) =
+            *reinterpret_cast<const unsigned*>(mine.from + start +
+                                               k_lane_offset(lanes, mine.from_slot, j));
+      }
+    }
+    start += PAGE_SIZE * lanes;
+  }
+  for (int first = 0; first < count; first += WARP / LANES_PER_VALUE) {
+    const int record = first + lane / LANES_PER_VALUE;
+    const Move move = mine.of_lane(record);
+    start = layout.v_codes;
+#pragma unroll
+    for (int i = 0; i < MAX_PLANES; ++i) {
+      if (i >= planes.count) break;
       const int lanes = plane_lanes(layout.head_dim, planes.width[i]);
-      for (int j = lane; j < lanes; j += WARP) {
-        if (kind == 0) {
-          to[start + k_lane_offset(lanes, to_slot, j)] =
-              from[start + k_lane_offset(lanes, from_slot, j)];
-        } else {
-          to[start + v_lane_offset(lanes, to_slot, j)] =
-              from[start + v_lane_offset(lanes, from_slot, j)];
+      if (is_within(record, count)) {
+#pragma unroll 8
+        for (int j = lane % LANES_PER_VALUE; j < lanes; j += LANES_PER_VALUE) {
+          move.to[start + v_lane_offset(lanes, move.to_slot, j)] =
+              move.from[start + v_lane_offset(lanes, move.from_slot, j)];
         }
       }
       start += PAGE_SIZE * lanes;
     }
-    const int64_t scale = kind == 0 ? layout.k_scale : layout.v_scale;
-    if (lane == kind) {
-      reinterpret_cast<uint16_t*>(to + scale)[to_slot] =
-          reinterpret_cast<const uint16_t*>(from + scale)[from_slot];
-    }
-  }
-  if (lane == 2) {
-    write_label(to, layout, to_slot,
-                reinterpret_cast<const int32_t*>(from + layout.position)[from_slot],
-                reinterpret_cast<const uint16_t*>(from + layout.score)[from_slot]);
   }
 }
 
-// Fills the holes of one tier, a warp per record. grid_shape: [blocks, batch * num_kv_heads].
+// Fills the holes of one tier, a warp per 32 of them. grid_shape: [blocks, batch * num_kv_heads].
 __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 6)
     close_holes_kernel(CompactParams p, Plan plan, int tier) {
   const PagedKV& cache = p.cache;
   const int64_t head = blockIdx.y, list = head * cache.num_tiers + tier;
   const PageLayout layout =
       page_layout(cache.tier_bits[tier], cache.head_dim, dtype_size(cache.raw_dtype));
-  const int first = static_cast<int>(blockIdx.x) * WARPS_PER_BLOCK + threadIdx.x / WARP;
-  for (int i = first; i < plan.num_holes[list]; i += gridDim.x * WARPS_PER_BLOCK) {
-    const int to = plan.holes[list * plan.capacity + i];
-    const int from = plan.survivors[list * plan.capacity + i];
-    copy_record(layout, page_of(cache, head, tier, to), to % PAGE_SIZE,
-                page_of(cache, head, tier, from), from % PAGE_SIZE);
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, holes = plan.num_holes[list];
+  const int step = static_cast<int>(gridDim.x) * WARPS_PER_BLOCK * WARP;
+  for (int first = (blockIdx.x * WARPS_PER_BLOCK + warp) * WARP; first < holes; first += step) {
+    const int count = min(WARP, holes - first);
+    Move mine{};
+    if (is_within(lane, count)) {
+      // The last fills the first: the order that the CPU kernels have.
+      const int to = plan.holes[list * plan.capacity + first + lane];
+      const int from = plan.survivors[list * plan.capacity + holes - 1 - first - lane];
+      mine = {page_of(cache, head, tier, to), page_of(cache, head, tier, from), to % PAGE_SIZE,
+              from % PAGE_SIZE};
+      const auto move_label = [&]<typename T>(int64_t section, T) {
+        reinterpret_cast<T*>(mine.to + section)[mine.to_slot] =
+            reinterpret_cast<const T*>(mine.from + section)[mine.from_slot];
+      };
+      if (layout.bits < 16) {
+        move_label(layout.k_scale, uint16_t{});
+        move_label(layout.v_scale, uint16_t{});
+      }
+      move_label(layout.position, int32_t{});
+      move_label(layout.score, uint16_t{});
+    }
+    layout.bits == 16 ? move_values(layout, mine, count) : move_codes(layout, mine, count);
   }
 }
 
@@ -244,10 +330,15 @@ const char* compact_kv_cuda(const CompactParams& p, void* workspace, void* strea
   SMARTKV_LAUNCH(plan_compact_kernel, static_cast<unsigned>(lists), PLAN_THREADS, 0, cuda_stream, p,
                  plan);
   const int64_t blocks = std::min<int64_t>(capacity / WARPS_PER_BLOCK, MAX_BLOCKS_PER_HEAD);
-  const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(cache.batch * cache.num_kv_heads));
+  const auto heads = static_cast<unsigned>(cache.batch * cache.num_kv_heads);
+  const dim3 grid(static_cast<unsigned>(blocks), heads);
+  // At most half of the slots are holes with a survivor behind them.
+  const int64_t most_holes = capacity / 2, holes_of_block = WARPS_PER_BLOCK * WARP;
+  const dim3 hole_grid(static_cast<unsigned>((most_holes + holes_of_block - 1) / holes_of_block),
+                       heads);
   for (int tier = 0; tier < cache.num_tiers; ++tier) {
-    SMARTKV_LAUNCH(close_holes_kernel, grid, WARP * WARPS_PER_BLOCK, 0, cuda_stream, p, plan, tier);
+    SMARTKV_LAUNCH(close_holes_kernel, hole_grid, WARP * WARPS_PER_BLOCK, 0, cuda_stream, p, plan,
+                   tier);
     SMARTKV_HEAD_DIM_SWITCH(cache.head_dim, [&] {
       SMARTKV_LAUNCH(demote_kernel<HEAD_DIM>, grid, WARP * WARPS_PER_BLOCK, 0, cuda_stream, p,
                      books, plan, tier);

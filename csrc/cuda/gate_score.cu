@@ -13,12 +13,21 @@ namespace {
 constexpr int MAX_LAYERS = 64;  // per launch: their views are arguments of the kernel
 constexpr int WARPS_PER_BLOCK = 8;
 constexpr int THREADS = WARP * WARPS_PER_BLOCK;
-constexpr int WARP_TOKENS = 16;
-constexpr int TILE_TOKENS = WARP_TOKENS * WARPS_PER_BLOCK;
-constexpr int FEW_TOKENS = 8;    // of a block of the float32 kernel
+constexpr int ROW_TOKENS = 16;   // of an operand A
+constexpr int FEW_TOKENS = 8;    // of a block of the float32 kernel, or one
 constexpr int MANY_TOKENS = 32;  // from here on the tensor cores are faster
+constexpr int MAX_LINEAR = 3;
 constexpr int ROW_PADDING = 8;   // elements, against bank conflicts
 constexpr int MAX_HIDDEN = 256;  // of the first layer, in registers
+
+// Operands A of a warp: what an operand B from shared memory serves. Two where a block has all
+// registers of its multiprocessor.
+constexpr int row_tiles(int hidden) { return hidden > 64 ? 2 : 1; }
+constexpr int tile_tokens(int hidden) { return ROW_TOKENS * row_tiles(hidden) * WARPS_PER_BLOCK; }
+
+// Outputs that a warp of the float32 kernel computes at a time: a decode step is bound by the
+// weights, of which one row per warp would keep too few bytes on their way.
+constexpr int outputs_of_warp(int tokens) { return tokens == 1 ? 8 : 1; }
 
 struct KeyViews {
   HeadsView of_layer[MAX_LAYERS];
@@ -46,43 +55,60 @@ __device__ __forceinline__ float* scores_of(const GateScoreParams& p, const Item
   return p.scores + row * p.kv_len;
 }
 
-// A warp per output of a layer, for up to eight tokens. Shared memory: two buffers of
-// [8, widest layer] floats. grid_shape: [blocks of eight tokens, layers * batch * num_kv_heads].
+// A warp per outputs_of_warp() outputs of a layer, for up to TOKENS tokens. Shared memory: two
+// buffers of [TOKENS, widest layer] floats.
+// grid_shape: [kv_len / TOKENS, layers * batch * num_kv_heads].
+template <int TOKENS>
 __global__ void __launch_bounds__(THREADS)
     gate_score_few_kernel(GateScoreParams p, KeyViews views, int first_layer, int width) {
   SMARTKV_DYNAMIC_SHARED(buffers, float);
+  constexpr int OUTPUTS = outputs_of_warp(TOKENS);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const Item item = item_of_block(p, first_layer);
   const HeadsView& keys = views.of_layer[item.layer];
-  const int64_t first = int64_t{blockIdx.x} * FEW_TOKENS;
-  const int count = static_cast<int>(min(p.kv_len - first, int64_t{FEW_TOKENS}));
-  float *x = buffers, *y = buffers + FEW_TOKENS * width;
-  for (int i = threadIdx.x; i < FEW_TOKENS * p.sizes[0]; i += THREADS) {
+  const int64_t first = int64_t{blockIdx.x} * TOKENS;
+  const int count = static_cast<int>(min(p.kv_len - first, int64_t{TOKENS}));
+  float *x = buffers, *y = buffers + TOKENS * width;
+  for (int i = threadIdx.x; i < TOKENS * p.sizes[0]; i += THREADS) {
     const int token = i / p.sizes[0], c = i % p.sizes[0];
     x[token * width + c] =
         is_within(token, count)
             ? load_value(row_of(keys, item.batch, item.head, first + token), keys.dtype, c)
             : 0.0f;
   }
-  for (int layer = 0; layer < p.num_linear; ++layer) {
+#pragma unroll
+  for (int layer = 0; layer < MAX_LINEAR; ++layer) {
+    if (layer >= p.num_linear) break;
     const int in = p.sizes[layer], out = p.sizes[layer + 1];
     __syncthreads();
-    for (int o = warp; o < out; o += WARPS_PER_BLOCK) {
-      const float* const weight = p.weights[layer] + (item.gate * out + o) * in;
-      float sum[FEW_TOKENS] = {};
-      for (int i = lane; i < in; i += WARP) {
-        const float w = weight[i];
+    for (int o = warp * OUTPUTS; o < out; o += WARPS_PER_BLOCK * OUTPUTS) {
+      const float* weight[OUTPUTS];
 #pragma unroll
-        for (int token = 0; token < FEW_TOKENS; ++token) {
-          sum[token] = fmaf(w, x[token * width + i], sum[token]);
+      for (int k = 0; k < OUTPUTS; ++k) {
+        weight[k] = p.weights[layer] + (item.gate * out + clamp_to(0, o + k, out - 1)) * in;
+      }
+      float sum[OUTPUTS][TOKENS] = {};
+#pragma unroll 2
+      for (int i = lane; i < in; i += WARP) {
+        float w[OUTPUTS];
+#pragma unroll
+        for (int k = 0; k < OUTPUTS; ++k) w[k] = weight[k][i];
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+          const float value = x[token * width + i];
+#pragma unroll
+          for (int k = 0; k < OUTPUTS; ++k) sum[k][token] = fmaf(w[k], value, sum[k][token]);
         }
       }
-      const float bias = p.biases[layer][item.gate * out + o];
 #pragma unroll
-      for (int token = 0; token < FEW_TOKENS; ++token) {
-        const float value = sum_lanes<WARP>(sum[token]) + bias;
-        if (lane == token)
-          y[token * width + o] = layer + 1 < p.num_linear ? fmaxf(value, 0) : value;
+      for (int k = 0; k < OUTPUTS; ++k) {
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+          const float total = sum_lanes<WARP>(sum[k][token]);
+          if (lane != k * TOKENS + token || !is_within(o + k, out)) continue;
+          const float value = total + p.biases[layer][item.gate * out + o + k];
+          y[token * width + o + k] = layer + 1 < p.num_linear ? fmaxf(value, 0) : value;
+        }
       }
     }
     float* const swap = x;
@@ -116,6 +142,7 @@ struct GateLayout {
 // Rows [0, rows) of a weight (out, in) as bfloat16, zeros where it has none.
 __device__ __forceinline__ void load_weights(uint16_t* to, int row_elements, int rows, int columns,
                                              const float* from, int out, int in) {
+#pragma unroll 16  // loads on their way: a block waits for its weights alone
   for (int i = threadIdx.x; i < rows * columns; i += THREADS) {
     const int row = i / columns, column = i % columns;
     const bool exists = is_within(row, out) && is_within(column, in);
@@ -158,14 +185,36 @@ __device__ __forceinline__ void add_scores(float (&score)[2], const float (&x)[4
   for (int i = 0; i < 4; ++i) score[i / 2] = fmaf(x[i], weight[2 * t + i % 2], score[i / 2]);
 }
 
-// A warp per 16 tokens. Only `rows` outputs of the last hidden layer, from `first_row`, have their
-// weights in shared memory: the launches for the others add to the scores.
-// grid_shape: [parts of the tokens, layers * batch * num_kv_heads].
+// Operand A of the 16 tokens from `first`; those behind the end get some key that exists.
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_keys(unsigned (&x)[HEAD_DIM / 16][4], const HeadsView& keys,
+                                          const Item& item, int64_t first, int64_t kv_len) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int64_t n = first + g + 8 * row;
+    const char* const key =
+        row_of(keys, item.batch, item.head, is_within(n, kv_len) ? n : kv_len - 1);
+#pragma unroll
+    for (int chunk = 0; chunk < HEAD_DIM / 16; ++chunk) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = chunk * 16 + 8 * half + 2 * t;
+        x[chunk][row + 2 * half] =
+            pack_bf16(load_value(key, keys.dtype, c), load_value(key, keys.dtype, c + 1));
+      }
+    }
+  }
+}
+
+// A warp per 16 or 32 tokens. Only `rows` outputs of the last hidden layer, from `first_row`, have
+// their weights in shared memory: the launches for the others add to the scores. grid_shape: [parts
+// of the tokens, layers * batch * num_kv_heads].
 template <int HEAD_DIM, int HIDDEN>
 __global__ void __launch_bounds__(THREADS, HIDDEN > 64 ? 1 : 2)
     gate_score_kernel(GateScoreParams p, KeyViews views, int first_layer, int first_row, int rows) {
   SMARTKV_DYNAMIC_SHARED(shared, unsigned char);
-  constexpr int CHUNKS = HEAD_DIM / 16, HIDDEN_CHUNKS = HIDDEN / 16;
+  constexpr int CHUNKS = HEAD_DIM / 16, HIDDEN_CHUNKS = HIDDEN / 16, ROW_TILES = row_tiles(HIDDEN);
   const bool has_two = p.num_linear == 3;
   const GateLayout<HIDDEN> layout(HEAD_DIM, has_two ? rows : 0);
   auto* const weights = reinterpret_cast<uint16_t*>(shared + layout.weights);
@@ -193,85 +242,87 @@ __global__ void __launch_bounds__(THREADS, HIDDEN > 64 ? 1 : 2)
   __syncthreads();
 
   const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  constexpr int TILE_TOKENS = tile_tokens(HIDDEN);
   const int64_t tiles = (p.kv_len + TILE_TOKENS - 1) / TILE_TOKENS;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t first = tile * TILE_TOKENS + threadIdx.x / WARP * WARP_TOKENS;
+    const int64_t first = tile * TILE_TOKENS + threadIdx.x / WARP * (ROW_TOKENS * ROW_TILES);
     if (!is_within(first, p.kv_len)) continue;
-    unsigned x[CHUNKS][4];
+    float score[ROW_TILES][2] = {};
+    unsigned y[ROW_TILES][HIDDEN_CHUNKS][4];
+    unsigned x[ROW_TILES][CHUNKS][4];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const int64_t n = first + g + 8 * row;
-      const char* const key =
-          row_of(keys, item.batch, item.head, is_within(n, p.kv_len) ? n : first);
-#pragma unroll
-      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int c = chunk * 16 + 8 * half + 2 * t;
-          x[chunk][row + 2 * half] =
-              pack_bf16(load_value(key, keys.dtype, c), load_value(key, keys.dtype, c + 1));
-        }
-      }
+    for (int r = 0; r < ROW_TILES; ++r) {
+      load_keys<HEAD_DIM>(x[r], keys, item, first + ROW_TOKENS * r, p.kv_len);
     }
-    float score[2] = {};
-    unsigned y[HIDDEN_CHUNKS][4];
 #pragma unroll
     for (int out = 0; out < HIDDEN_CHUNKS; ++out) {
-      float sum[2][4] = {};
+      float sum[ROW_TILES][2][4] = {};
 #pragma unroll
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         unsigned b[4];
         load_operand(b, weights, layout.in_row, out * 16, chunk * 16);
-        multiply_pair(sum, x[chunk], b);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) multiply_pair(sum[r], x[r][chunk], b);
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        activate(sum[i], bias + out * 16 + 8 * i);
-        if (!has_two) add_scores(score, sum[i], head + out * 16 + 8 * i);
-        y[out][2 * i] = pack_bf16(sum[i][0], sum[i][1]);
-        y[out][2 * i + 1] = pack_bf16(sum[i][2], sum[i][3]);
+      for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          activate(sum[r][i], bias + out * 16 + 8 * i);
+          if (!has_two) add_scores(score[r], sum[r][i], head + out * 16 + 8 * i);
+          y[r][out][2 * i] = pack_bf16(sum[r][i][0], sum[r][i][1]);
+          y[r][out][2 * i + 1] = pack_bf16(sum[r][i][2], sum[r][i][3]);
+        }
       }
     }
     for (int out = 0; has_two && out < rows; out += 16) {
-      float sum[2][4] = {};
+      float sum[ROW_TILES][2][4] = {};
 #pragma unroll
       for (int chunk = 0; chunk < HIDDEN_CHUNKS; ++chunk) {
         unsigned b[4];
         load_operand(b, last_weights, LAST_ROW, out, chunk * 16);
-        multiply_pair(sum, y[chunk], b);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) multiply_pair(sum[r], y[r][chunk], b);
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        activate(sum[i], last_bias + out + 8 * i);
-        add_scores(score, sum[i], last_head + out + 8 * i);
+      for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          activate(sum[r][i], last_bias + out + 8 * i);
+          add_scores(score[r], sum[r][i], last_head + out + 8 * i);
+        }
       }
     }
     float* const scores = scores_of(p, item, first_layer);
+    // Not p.biases[p.num_linear - 1]: that would make a copy of the arguments in local memory.
+    const float* const final_bias = has_two ? p.biases[2] : p.biases[1];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float sum = sum_lanes<4>(score[row]);
+    for (int row = 0; row < 2 * ROW_TILES; ++row) {
+      const float sum = sum_lanes<4>(score[row / 2][row % 2]);
       const int64_t n = first + g + 8 * row;
       if (t != 0 || !is_within(n, p.kv_len)) continue;
-      scores[n] = sum + (first_row == 0 ? p.biases[p.num_linear - 1][item.gate] : scores[n]);
+      scores[n] = sum + (first_row == 0 ? final_bias[item.gate] : scores[n]);
     }
   }
 }
 
 // Kernel launchers
 
+template <int TOKENS>
 const char* launch_few(const GateScoreParams& p, const KeyViews& views, int first_layer, int layers,
                        cudaStream_t stream) {
   int width = 0;
   for (int i = 0; i <= p.num_linear; ++i) width = std::max(width, p.sizes[i]);
-  const int64_t bytes = int64_t{2} * FEW_TOKENS * width * sizeof(float);
+  const int64_t bytes = int64_t{2} * TOKENS * width * sizeof(float);
   if (bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
     return "a layer of the gate is too wide for the shared memory of this GPU";
   }
-  cudaFuncSetAttribute(gate_score_few_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const auto kernel = gate_score_few_kernel<TOKENS>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
-  const dim3 grid(static_cast<unsigned>((p.kv_len + FEW_TOKENS - 1) / FEW_TOKENS),
+  const dim3 grid(static_cast<unsigned>((p.kv_len + TOKENS - 1) / TOKENS),
                   static_cast<unsigned>(layers * p.batch * p.num_kv_heads));
-  SMARTKV_LAUNCH(gate_score_few_kernel, grid, THREADS, bytes, stream, p, views, first_layer, width);
+  SMARTKV_LAUNCH(kernel, grid, THREADS, bytes, stream, p, views, first_layer, width);
   return launch_error();
 }
 
@@ -303,7 +354,7 @@ void launch_many(const GateScoreParams& p, const KeyViews& views, int first_laye
   const auto kernel = gate_score_kernel<HEAD_DIM, HIDDEN>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int64_t items = int64_t{layers} * p.batch * p.num_kv_heads;
-  const int64_t tiles = (p.kv_len + TILE_TOKENS - 1) / TILE_TOKENS;
+  const int64_t tiles = (p.kv_len + tile_tokens(HIDDEN) - 1) / tile_tokens(HIDDEN);
   const dim3 grid(static_cast<unsigned>(blocks_per_item(items, tiles)),
                   static_cast<unsigned>(items));
   for (int first_row = 0; first_row < last; first_row += rows) {
@@ -323,7 +374,9 @@ const char* gate_score_cuda(const GateScoreParams& p, void* stream) {
     KeyViews views{};
     std::copy_n(p.keys + first, layers, views.of_layer);
     if (few) {
-      const char* const error = launch_few(p, views, first, layers, cuda_stream);
+      const char* const error = p.kv_len == 1
+                                    ? launch_few<1>(p, views, first, layers, cuda_stream)
+                                    : launch_few<FEW_TOKENS>(p, views, first, layers, cuda_stream);
       if (error != nullptr) return error;
       continue;
     }

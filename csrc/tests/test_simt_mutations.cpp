@@ -185,6 +185,7 @@ Bytes run_scores() {
   select(bytes, 3, 1000, {200000, 90000});
   select(bytes, 2, 10, {12000});
   score(bytes, DType::FLOAT32, 20);
+  score(bytes, DType::FLOAT32, 1);
   score(bytes, DType::BFLOAT16, 200);
   const std::vector<float> o = testing::normals(2 * 5 * 80), lse = testing::normals(2 * 5);
   std::vector<float> out(5 * 80), out_lse(5);

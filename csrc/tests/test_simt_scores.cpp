@@ -59,6 +59,8 @@ int main() {
   // Few tokens, and float32: as exact as on the CPU. Others round to bfloat16 at each layer.
   check_gate(CUDA, {80, 24, 7, 1}, DType::FLOAT32);
   check_gate(CUDA, {256, 20, 1}, DType::BFLOAT16, 3);
+  check_gate(CUDA, {80, 24, 7, 1}, DType::FLOAT16, 1);
+  check_gate(CUDA, {128, 256, 256, 1}, DType::BFLOAT16, 1);
   check_gate(CUDA, {64, 300, 1}, DType::FLOAT16, 33);
   constexpr double ROUNDED = 0.12;  // scores are of order 10
   check_gate(CUDA, {64, 64, 1}, DType::BFLOAT16, 130, ROUNDED);

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.cache.store import PagedStore
 from smartkv_ext.policies import POLICIES
 
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "repeat_interleave"}
@@ -50,3 +51,26 @@ def test_no_host_traffic(name):
                 model(ids[:, i : i + 1], past_key_values=cache)
             watched += not packs
     assert watched >= 10
+
+
+def test_the_store_asks_twice(monkeypatch):
+    """For as many numbers as it allocates by, once before it writes and once after: no mask is counted on the way."""
+    model = tiny("qwen2", num_hidden_layers=1)
+    ids, _ = prompts(2, 230)
+    asked = []
+    plain, counts = PagedStore.update, PagedStore._counts
+
+    def update(self, *args):
+        with NoHostTraffic():  # which does not see tolist()
+            return plain(self, *args)
+
+    monkeypatch.setattr(PagedStore, "update", update)
+    monkeypatch.setattr(PagedStore, "_counts", lambda self, pages: asked.append(0) or counts(self, pages))
+    with smartkv_ext.patch(model), torch.inference_mode():
+        cache = SmartKVCache(model.config, budget=0.7, policy="keydiff", window=32)
+        model(ids[:, :200], past_key_values=cache)
+        assert len(asked) == 2
+        for i in range(200, 230):
+            model(ids[:, i : i + 1], past_key_values=cache)
+    assert len(asked) >= 6 and len(asked) % 2 == 0
+    assert (cache.layers[0].store.cache_seqlens.sum((0, 1)) > 0).sum() >= 2, "several tiers"

@@ -275,9 +275,9 @@ def _apply(layer: SmartKVLayer, found: _Candidates, tiers: torch.Tensor, size: t
     slots = n - found.outside
     held, old = layer.store.slot_mask(), tiers[:, :, :slots].reshape(layer.store.slot_mask().shape)
     here = torch.arange(held.shape[2], dtype=torch.int8, device=held.device)[:, None]
-    changed = bool((held & (old != here)).any())
+    changed, packed = torch.stack([(held & (old != here)).any(), (tiers[:, :, slots:] >= 0).any()]).tolist()
     new = None
-    if found.outside and bool((tiers[:, :, slots:] >= 0).any()):
+    if packed:
         new = {
             "k": layer.window.held("k")[:, :, : found.outside],
             "v": layer.window.held("v")[:, :, : found.outside],

@@ -15,6 +15,11 @@ def _num_pages(records: torch.Tensor) -> torch.Tensor:
     return (records + PAGE_SIZE - 1) // PAGE_SIZE
 
 
+def _order(mask: torch.Tensor) -> torch.Tensor:
+    """Index of every True among all of them; no host synchronisation, unlike indexing by a mask."""
+    return mask.flatten().cumsum(0).view_as(mask) - 1
+
+
 class PagedStore:
     """Owns the pools, the block table and the record counts of a layer. All state is in plain tensors.
 
@@ -130,19 +135,25 @@ class PagedStore:
         """(..., max_pages) bool: block table entries that ``records`` (...) need."""
         return torch.arange(self.block_table.shape[3], device=records.device) < _num_pages(records)[..., None]
 
+    def _counts(self, pages: torch.Tensor) -> tuple[list[int], int]:
+        """Sums per tier and maximum of ``pages`` (batch, num_kv_heads, num_tiers). The one thing that the host must
+        know, since it allocates, and asks for once.
+        """
+        *sums, most = torch.cat([pages.sum((0, 1)), pages.max()[None]]).tolist()
+        return sums, most
+
     def _reserve(self, records: torch.Tensor) -> None:
         """Add pages so that ``records`` (batch, num_kv_heads, num_tiers) fit beside what is there now."""
-        missing = int(_num_pages(records).max()) - self.block_table.shape[3]
+        pages, present = _num_pages(records), _num_pages(self.cache_seqlens)
+        counts, most = self._counts(torch.maximum(pages, present))
+        missing = most - self.block_table.shape[3]
         if missing > 0:
             self.block_table = torch.nn.functional.pad(self.block_table, (0, missing), value=-1)
         wanted = self._page_mask(records) & ~self._page_mask(self.cache_seqlens)
         for t, pool in enumerate(self.pools):
-            mask = wanted[:, :, t]
-            count = int(mask.sum())
-            if count:
-                ids = torch.arange(len(pool), len(pool) + count, dtype=torch.int32, device=pool.device)
-                self.block_table[:, :, t][mask] = ids
-                grown = torch.zeros(len(pool) + count, pool.shape[1], dtype=torch.uint8, device=pool.device)
+            if counts[t] > len(pool):  # a pool has no more pages than are in use
+                self._number_pages(t, _order(wanted[:, :, t]) + len(pool), wanted[:, :, t])
+                grown = torch.zeros(counts[t], pool.shape[1], dtype=torch.uint8, device=pool.device)
                 grown[: len(pool)] = pool
                 self.pools[t] = grown
 
@@ -150,15 +161,21 @@ class PagedStore:
         """Give back pages that no head uses; the block table loses its unused columns."""
         used = self._page_mask(self.cache_seqlens)
         self.block_table.masked_fill_(~used, -1)
+        counts, most = self._counts(_num_pages(self.cache_seqlens))
         for t, pool in enumerate(self.pools):
-            mask = used[:, :, t]
-            count = int(mask.sum())
-            if count < len(pool):
-                self.pools[t] = pool[self.block_table[:, :, t][mask].long()]
-                self.block_table[:, :, t][mask] = torch.arange(count, dtype=torch.int32, device=pool.device)
-        pages = int(_num_pages(self.cache_seqlens).max())
-        if pages < self.block_table.shape[3]:
-            self.block_table = self.block_table[..., :pages].contiguous()
+            if counts[t] < len(pool):
+                order = _order(used[:, :, t])
+                # Entries without a page go to a place behind the last.
+                place = torch.where(used[:, :, t], order, counts[t]).flatten()
+                ids = place.new_zeros(counts[t] + 1).scatter_(0, place, self.block_table[:, :, t].flatten().long())
+                self.pools[t] = pool[ids[: counts[t]]]
+                self._number_pages(t, order, used[:, :, t])
+        if most < self.block_table.shape[3]:
+            self.block_table = self.block_table[..., :most].contiguous()
+
+    def _number_pages(self, tier: int, ids: torch.Tensor, where: torch.Tensor) -> None:
+        table = self.block_table[:, :, tier]
+        table.copy_(torch.where(where, ids, table))
 
     # -- batch -----------------------------------------------------------------------------------------------------
 
