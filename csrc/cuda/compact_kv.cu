@@ -337,6 +337,7 @@ const char* compact_kv_cuda(const CompactParams& p, void* workspace, void* strea
   const dim3 hole_grid(static_cast<unsigned>((most_holes + holes_of_block - 1) / holes_of_block),
                        heads);
   for (int tier = 0; tier < cache.num_tiers; ++tier) {
+    if (cache.num_pages[tier] == 0) continue;  // no records, and no room for any
     SMARTKV_LAUNCH(close_holes_kernel, hole_grid, WARP * WARPS_PER_BLOCK, 0, cuda_stream, p, plan,
                    tier);
     SMARTKV_HEAD_DIM_SWITCH(cache.head_dim, [&] {

@@ -132,6 +132,23 @@ void test_append_and_compact(int head_dim, DType dtype, std::vector<int> bits, i
   }
 }
 
+// Half of the records of the lower tier go; the upper one has no pages at all.
+void test_compact_without_pages() {
+  Cache by_cpu({3, 8}, 1, 2, 64, 4, DType::BFLOAT16, Levels::GAUSSIAN);
+  Dense rows(DType::BFLOAT16, 1, 2, 200, 64);
+  rows.fill_normal();
+  append(cpu_kernels(), by_cpu, rows, std::vector<int8_t>(400), Labels(400));
+  Cache cache = by_cpu;
+  std::vector<int8_t> targets(4 * by_cpu.max_pages * PAGE_SIZE);
+  for (size_t i = 0; i < targets.size(); ++i) targets[i] = i % 3 == 0 ? -1 : 0;
+  cpu_kernels().compact_kv({by_cpu.view(), targets.data()}, testing::parallel());
+  PagedKV view = cache.view();
+  view.num_pages[1] = 0;
+  view.pools[1] = nullptr;
+  CUDA.compact_kv({view, targets.data()}, testing::parallel());
+  CHECK(cache.pools == by_cpu.pools && cache.seqlens == by_cpu.seqlens, "a tier without pages");
+}
+
 }  // namespace
 
 int main() {
@@ -144,6 +161,7 @@ int main() {
     test_append_and_compact(head_dim, DTYPES[turn % 3], {2, 3, 4, 8, 16}, 50);
   }
   test_append_and_compact(64, DType::BFLOAT16, {4}, 0);
+  test_compact_without_pages();
   test_append_and_compact(64, DType::BFLOAT16, {3, 16}, 100);
   return testing::report("test_simt_cache");
 }

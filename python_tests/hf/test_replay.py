@@ -1,6 +1,9 @@
 """Decode steps that are recorded once and replayed: the same calls with the same arguments, of which only the memory
 has changed. A CUDA graph does that on a GPU, a tape of the dispatched calls here."""
 
+import contextlib
+import gc
+
 import pytest
 import torch
 from gates.make_gates import usable
@@ -10,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import smartkv_ext
 from smartkv_ext import ReplayedDecoder, SmartKVCache
+from smartkv_ext.hf.replay import CudaGraphRecorder
 from smartkv_ext.policies import POLICIES
 
 
@@ -109,10 +113,47 @@ def test_compiled_steps_are_not_compiled_anew():
     assert graphs[2] == graphs[-1], graphs
 
 
+@pytest.fixture
+def streams(monkeypatch):
+    """Names of what was called on torch.cuda, which does nothing else."""
+    log = []
+
+    class Graph:
+        def __getattr__(self, name):
+            return lambda **kwargs: log.append(name)
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append("wait")
+
+    @contextlib.contextmanager
+    def entered(*args, **kwargs):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name, fake in (("Stream", Stream), ("current_stream", Stream), ("stream", entered), ("graph", entered)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)
+    return log
+
+
+def test_capture_ends_whatever_happens(streams):
+    record = CudaGraphRecorder()
+    out, replay = record(lambda: streams.append(f"step, gc {gc.isenabled()}") or "logits")
+    assert out == "logits" and gc.isenabled()
+    assert streams == ["wait", "pool", "capture_begin", "step, gc False", "capture_end", "wait", "replay"]
+    replay()
+    assert streams.pop() == "replay"
+    del streams[:]
+    with pytest.raises(ZeroDivisionError):
+        record(lambda: 1 / 0)
+    assert streams == ["wait", "pool", "capture_begin", "capture_end"] and gc.isenabled()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["keydiff", "h2o", "gate"])
 def test_cuda_graphs(name):
-    """Replayed as graphs on a GPU, with synchronisation forbidden while one is recorded or replayed."""
+    """Replayed as graphs on a GPU, with synchronisation forbidden meanwhile."""
     model = tiny("qwen2", num_hidden_layers=2)
     policy = usable(name, model)
     model, (ids, _) = model.to("cuda", torch.bfloat16), prompts(1, 380)
@@ -122,10 +163,11 @@ def test_cuda_graphs(name):
         for cache in caches:
             model(ids[:, :300], past_key_values=cache)
         expected = logits_of(model, caches[0], ids, 300)
-        decoder, got = ReplayedDecoder(model, caches[1]), []
+        decoder, got, kinds = ReplayedDecoder(model, caches[1]), [], []
         for i in range(300, 380):
-            packs = caches[1].step_kind() is None
-            torch.cuda.set_sync_debug_mode("default" if packs else "error")
+            kinds.append(caches[1].step_kind())
+            replays = kinds[-1] is not None and kinds[-3:] == [kinds[-1]] * 3
+            torch.cuda.set_sync_debug_mode("error" if replays else "default")
             try:
                 got.append(decoder.step(ids[:, i : i + 1]).clone())
             finally:

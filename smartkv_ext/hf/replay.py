@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -14,17 +15,33 @@ Recorder = Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Callable[[
 
 
 class CudaGraphRecorder:
-    """Captures a call that has run before, and replays the graph. All graphs share one memory pool: at most one of them
-    may be in use.
+    """Captures a call that has run before, and replays the graph. All graphs share one memory pool: only the newest may
+    be replayed.
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._keeper = torch.cuda.CUDAGraph()  # a pool whose last graph is gone may not be shared any more
+        with torch.cuda.graph(self._keeper, stream=self._stream):
+            torch.zeros(1, device="cuda")
 
     def __call__(self, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        # Not torch.cuda.graph(), which collects garbage and empties the allocator's cache each time.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = call()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        collects = gc.isenabled()
+        gc.disable()  # what a collection frees may be what no capture allows
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._keeper.pool())
+                try:
+                    out = call()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph.replay()  # capturing has launched nothing
         return out, graph.replay
 
