@@ -23,7 +23,7 @@ inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const 
   Span spans[ROW_BLOCK];
   float bias[ROW_BLOCK];
   for (int i = 0; i < rows.count; ++i) {
-    spans[i] = span_of_query(p, (rows.begin + i) / num_groups(p));
+    spans[i] = span_of_query(p, query_of_row(run, rows.begin + i));
     bias[i] = raw ? 0.0f : w.queries.bias[rows.begin + i];
   }
   const Batch batch{tiles.tiles, tiles.count, spans,
@@ -61,7 +61,7 @@ inline void rotate_back(const DecodeAttentionParams& p, State state) {
 inline void attend_piece(const AttentionRun& run, const Piece& piece, const Workspace& w,
                          State state, Feed& feed) {
   const DecodeAttentionParams& p = run.p;
-  const int64_t rows = num_rows(p);
+  const int64_t rows = run.rows;
   prepare_queries(p, piece.head, run.rotated, w.queries);
   clear_state(state, rows, p.cache.head_dim, w.queries);
   bool in_rotated_space = run.rotated;
@@ -105,7 +105,7 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
 }
 
 inline void finish_head(const AttentionRun& run, int64_t head, State state) {
-  for (int64_t r = 0; r < num_rows(run.p); ++r) {
+  for (int64_t r = 0; r < run.rows; ++r) {
     const State row = state_row(state, r, run.p.cache.head_dim);
     finish_row(run.p, head, r, row.o, *row.max, *row.sum);
   }
@@ -117,7 +117,7 @@ inline void merge_split(const AttentionRun& run, const SplitHead& split) {
   const State into = state_of(run, run.plan.pieces[split.first_piece].state);
   for (int64_t i = 1; i < split.num_pieces; ++i) {
     const State from = state_of(run, run.plan.pieces[split.first_piece + i].state);
-    for (int64_t r = 0; r < num_rows(run.p); ++r) {
+    for (int64_t r = 0; r < run.rows; ++r) {
       const State a = state_row(into, r, head_dim), b = state_row(from, r, head_dim);
       if (!(*b.sum > 0)) continue;
       const float top = *a.max > *b.max ? *a.max : *b.max;
@@ -158,6 +158,8 @@ inline void run_attention(const DecodeAttentionParams& p, const Parallel& parall
                          plan,
                          codecs,
                          memory.data(),
+                         num_rows(p),
+                         num_groups(p),
                          has_quantised_tier(p.cache),
                          max_tiles,
                          max_tiles > 0 ? shares.data() : nullptr};

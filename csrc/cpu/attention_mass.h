@@ -14,7 +14,7 @@ inline void add_mass_block(const AttentionRun& run, int64_t head, const Tile& ti
     const float lse = p.lse[output_row(p, head, row)];
     if (!(lse > -INFINITY)) continue;
     const float bias = tile.bits == 16 ? 0.0f : w.queries.bias[row];
-    const Span span = span_of_query(p, row / num_groups(p));
+    const Span span = span_of_query(p, query_of_row(run, row));
     const float* s = w.scores + i * PAGE_SIZE;
     if (tile.all_visible) {
       add_mass_row<false>(tile, span, bias, s, lse, mass);
@@ -48,7 +48,7 @@ inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Wo
     feed.begin(1);
     Lines fetch = lines_for(feed, tile, p.cache.head_dim);
     load_k(run, tile, w, fetch);
-    for_row_blocks(num_rows(p), [&](RowBlock block) {
+    for_row_blocks(run.rows, [&](RowBlock block) {
       add_mass_block(run, piece.head, tile, w, block, fetch, mass);
       fetch = no_lines(tile.positions);
     });
@@ -59,7 +59,7 @@ inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Wo
 // The same from the exponentials that the first walk kept.
 inline void add_shares_piece(const AttentionRun& run, const Piece& piece) {
   const DecodeAttentionParams& p = run.p;
-  const int rows = static_cast<int>(num_rows(p));
+  const int rows = static_cast<int>(run.rows);
   float lse[SHARED_ROWS];
   for (int r = 0; r < rows; ++r) lse[r] = p.lse[output_row(p, piece.head, r)];
   for (int64_t i = piece.begin; i < piece.end; ++i) {

@@ -12,11 +12,11 @@ SMARTKV_INLINE bool is_integer(const AttentionRun& run, const Tile& tile) {
 }
 // Few rows multiply plain rows where they lie,
 SMARTKV_INLINE bool is_dense(const AttentionRun& run, const Tile& tile) {
-  return tile.bits == 16 && num_rows(run.p) <= DENSE_ROWS;
+  return tile.bits == 16 && run.rows <= DENSE_ROWS;
 }
 // and packed codes directly.
 SMARTKV_INLINE bool is_k_fused(const AttentionRun& run, const Tile& tile) {
-  return tile.bits < 16 && num_rows(run.p) <= FUSED_ROWS;
+  return tile.bits < 16 && run.rows <= FUSED_ROWS;
 }
 SMARTKV_INLINE bool is_v_fused(const AttentionRun& run, const Tile& tile) {
   return is_k_fused(run, tile) && run.codecs.at[tile.ref.tier].has_aligned_v;
@@ -43,7 +43,7 @@ SMARTKV_INLINE Lines lines_for(Feed& feed, const Tile& tile, int head_dim) {
 // Whether integer products read the codes as an 8-bit section unpacked before.
 SMARTKV_INLINE bool is_unpacked(const AttentionRun& run, const Tile& tile, int lanes_per_load) {
   const int bits = tile.bits, head_dim = run.p.cache.head_dim;
-  return num_rows(run.p) > UNPACKED_ROWS ||
+  return run.rows > UNPACKED_ROWS ||
          (!is_regular(bits, head_dim, lanes_per_load) && !is_half(bits, head_dim, lanes_per_load));
 }
 
@@ -74,7 +74,7 @@ inline void multiply_integer(const AttentionRun& run, const Tile& tile, const Wo
   const bool is_wide = is_unpacked(run, tile, K_LANES);
   const TierCodec& codec = run.codecs.at[tile.ref.tier];
   const int digits = digits_of(run, tile);
-  const int64_t num = num_rows(run.p), head_dim = codec.head_dim;
+  const int64_t num = run.rows, head_dim = codec.head_dim;
   const QueryDigits& q = w.queries.ints;
   const DigitRows rows{reinterpret_cast<const char*>(q.digits),
                        num * head_dim,
@@ -91,7 +91,7 @@ inline void multiply_integer(const AttentionRun& run, const Tile& tile, const Wo
 inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Workspace& w,
                              RowBlock block, Lines fetch, float* scores) {
   const DecodeAttentionParams& p = run.p;
-  const int64_t last = (block.begin + block.count - 1) / num_groups(p);
+  const int64_t last = query_of_row(run, block.begin + block.count - 1);
   if (span_of_query(p, last).high < tile.first_position) return false;
   const int head_dim = p.cache.head_dim;
   if (is_integer(run, tile)) {

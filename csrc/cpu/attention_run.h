@@ -9,10 +9,15 @@ struct AttentionRun {
   const AttentionPlan& plan;
   const TierCodecs& codecs;
   char* memory;
-  bool rotated;       // some tier is quantised
-  int64_t max_tiles;  // of a head
-  char* shares;       // Shares of all tiles, or null
+  int64_t rows, groups;  // per kv head; of one query. Kept: they are divisions
+  bool rotated;          // some tier is quantised
+  int64_t max_tiles;     // of a head
+  char* shares;          // Shares of all tiles, or null
 };
+
+SMARTKV_INLINE int64_t query_of_row(const AttentionRun& run, int64_t row) {
+  return run.p.q_len == 1 ? 0 : row / run.groups;
+}
 
 // Scratch of one part.
 struct Workspace {
@@ -75,7 +80,7 @@ inline Workspace workspace_of(const AttentionRun& run, int64_t part) {
 }
 
 inline State state_of(const AttentionRun& run, int64_t slot) {
-  const int64_t rows = align_up(num_rows(run.p));
+  const int64_t rows = align_up(run.rows);
   float* x = reinterpret_cast<float*>(run.memory + run.plan.parts * workspace_bytes(run.p)) +
              slot * state_floats(run.p);
   const bool has_output = run.p.out != nullptr;
