@@ -13,7 +13,9 @@ namespace testing {
 // Memory of a launch: exactly as much as it asked for, and no value that one could rely on.
 struct Workspace {
   std::vector<unsigned char> bytes;
-  explicit Workspace(size_t count) : bytes(count, 0xff) {}
+  explicit Workspace(size_t count) : bytes(count) {
+    for (size_t i = 0; i < count; ++i) bytes[i] = static_cast<unsigned char>(158 * i + 91 + i / 7);
+  }
   void* data() { return bytes.data(); }
 };
 

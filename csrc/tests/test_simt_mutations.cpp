@@ -54,6 +54,19 @@ Bytes run_pages() {
   return bytes;
 }
 
+// Long enough for several warps of the plan.
+void compact_long_list(Bytes& bytes) {
+  Cache cache({4}, 1, 1, 64, 20, DType::BFLOAT16, Levels::GAUSSIAN);
+  Dense rows(DType::BFLOAT16, 1, 1, 1250, 64);
+  rows.fill_normal();
+  cache.append(cpu_kernels(), rows, rows, std::vector<int8_t>(1250), 0);
+  std::vector<int8_t> targets(20 * PAGE_SIZE);
+  for (int8_t& target : targets) target = static_cast<int8_t>(testing::random_int(-1, 0));
+  CUDA.compact_kv({cache.view(), targets.data()}, testing::parallel());
+  add(bytes, cache.pools[0]);
+  add(bytes, cache.seqlens);
+}
+
 // A cache that overflows in append_kv, and in compact_kv by what falls from other tiers.
 Bytes run_cache() {
   Dense rows(DType::BFLOAT16, 1, 2, 300, 64);
@@ -77,6 +90,7 @@ Bytes run_cache() {
   CUDA.compact_kv({cache.view(), targets.data()}, testing::parallel());
   for (const auto& pool : cache.pools) add(bytes, pool);
   add(bytes, cache.seqlens);
+  compact_long_list(bytes);
   return bytes;
 }
 

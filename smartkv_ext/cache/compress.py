@@ -164,7 +164,7 @@ def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     """(batch,) int64 bytes that the pages of a layer may take: the budget less everything else that the layer holds."""
     config, store = layer.config, layer.store
     batch, heads, _, head_dim = layer.window.shape
-    per_row = [config.layer_budget(int(n), batch, heads) for n in layer.row_tokens]
+    per_row = [config.layer_budget(n, batch, heads) for n in layer.row_tokens.tolist()]
     itemsize = layer.dtype.itemsize
     dense = (config.num_sinks + sum(size)) * (config.dense_token_bytes(heads, itemsize) + 4)
     fixed = heads * (head_dim * 4 + 4 * len(config.quant.tiers))  # mean keys and record counts

@@ -30,7 +30,7 @@ class SmartKVLayer(CacheLayerMixin):
     window: DenseWindow
     store: PagedStore
     meter: AttentionMeter
-    row_tokens: torch.Tensor  # (batch,) int64: tokens that are not padding
+    _rows: torch.Tensor  # row_tokens without the newest ``_uncounted``
 
     def __init__(self, config: CacheConfig, layer_idx: int, clock: StepClock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -42,7 +42,8 @@ class SmartKVLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self.seen = 0  # logical length: every token ever given, padding included
-        for name in ("window", "store", "meter", "row_tokens"):
+        self._uncounted = 0
+        for name in ("window", "store", "meter", "_rows"):
             self.__dict__.pop(name, None)
         self.state: dict[str, torch.Tensor] = {}  # of the policy
         self.queries: torch.Tensor | None = None  # newest queries, for policies that ask for them
@@ -55,6 +56,18 @@ class SmartKVLayer(CacheLayerMixin):
         self.lost_until = -1  # positions up to here have left the sliding window and are gone
         self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None  # pre-RoPE keys and values still to be scored
         self._handed_over = False
+
+    @property
+    def row_tokens(self) -> torch.Tensor:
+        """(batch,) int64: tokens of each sequence that are not padding. Counted on the host between those that ask."""
+        if self._uncounted:
+            self._rows += self._uncounted
+            self._uncounted = 0
+        return self._rows
+
+    @row_tokens.setter
+    def row_tokens(self, counts: torch.Tensor) -> None:
+        self._rows, self._uncounted = counts, 0
 
     # -- transformers protocol -------------------------------------------------------------------------------------
 
@@ -232,7 +245,10 @@ class SmartKVLayer(CacheLayerMixin):
         if self.config.policy.scores_keys:
             self._arrive(pre_rope, v)
         self.seen += k.shape[2]
-        self.row_tokens += k.shape[2] if valid is None else valid.sum(1)
+        if valid is None:
+            self._uncounted += k.shape[2]
+        else:
+            self.row_tokens += valid.sum(1)
 
     def _slot(self, slot: int) -> torch.Tensor:
         """(1,) int64 of a slot of the window."""
@@ -289,6 +305,7 @@ class SmartKVLayer(CacheLayerMixin):
             self.recent_count += 1
         self.window.follow()
         self.seen += 1
+        self._uncounted += 1
 
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
