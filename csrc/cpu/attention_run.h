@@ -123,8 +123,7 @@ inline bool has_quantised_tier(const PagedKV& cache) {
 constexpr int SHARED_ROWS = 16;
 SMARTKV_INLINE bool keeps_shares(const DecodeAttentionParams& p) {
   return (p.mass != nullptr || p.window_mass != nullptr) && p.out != nullptr && MAX_DIGITS > 0 &&
-         p.precision != Precision::FLOAT32 && num_rows(p) <= SHARED_ROWS &&
-         has_quantised_tier(p.cache);
+         p.precision != Precision::FLOAT32 && num_rows(p) <= SHARED_ROWS;
 }
 SMARTKV_INLINE int64_t share_bytes(const DecodeAttentionParams& p) {
   return SHARED_ROWS * sizeof(float) + num_rows(p) * PAGE_SIZE * sizeof(uint16_t);
