@@ -81,12 +81,13 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
   for (int64_t i = piece.begin; i < piece.end; ++i) {
     Tile& tile = tiles.tiles[tiles.count];
     open_tile(p, piece.head, i, tile);
-    feed.open(tile.ref.tier);
     tile.shares = shares_of(run, piece.head, i);
     if (tile.visible == 0) {
+      feed.pass(tile.ref.tier);
       if (tile.shares.tops != nullptr) tile.shares.tops[0] = NO_SHARES;
       continue;
     }
+    feed.open(tile.ref.tier);
     const Tile& first = tiles.tiles[0];
     const bool raw = tile.bits == 16;
     if (raw != (first.bits == 16) || digits_of(run, tile) != digits_of(run, first)) {
@@ -119,7 +120,7 @@ inline void merge_split(const AttentionRun& run, const SplitHead& split) {
     const State from = state_of(run, run.plan.pieces[split.first_piece + i].state);
     for (int64_t r = 0; r < run.rows; ++r) {
       const State a = state_row(into, r, head_dim), b = state_row(from, r, head_dim);
-      if (!(*b.sum > 0)) continue;
+      if (*b.sum == 0) continue;  // but not NaN
       const float top = *a.max > *b.max ? *a.max : *b.max;
       const float a_weight = ::expf(*a.max - top), b_weight = ::expf(*b.max - top);
       *a.max = top;

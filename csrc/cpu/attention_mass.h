@@ -41,9 +41,12 @@ inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Wo
   Tile tile;
   for (int64_t i = piece.begin; i < piece.end; ++i) {
     open_tile(p, piece.head, i, tile);
-    feed.open(tile.ref.tier);
     float* out = mass_of(p, piece.head, tile.ref);
-    if (tile.visible == 0 || out == nullptr) continue;
+    if (tile.visible == 0 || out == nullptr) {
+      feed.pass(tile.ref.tier);
+      continue;
+    }
+    feed.open(tile.ref.tier);
     alignas(64) float mass[PAGE_SIZE] = {};
     feed.begin(1);
     Lines fetch = lines_for(feed, tile, p.cache.head_dim);

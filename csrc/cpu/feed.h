@@ -45,6 +45,17 @@ class Feed {
     lead_ = ahead_ * page_bytes_[tier];
   }
 
+  // No query sees anything of a tile of this tier: none of its page is worth a line.
+  SMARTKV_INLINE void pass(int tier) {
+    if (tier == num_tiers_) return;
+    opened_ += page_bytes_[tier];
+    while (fetched_ < opened_) {
+      if (at_ == end_ && !start_page()) return;
+      fetched_ += end_ - at_;
+      at_ = end_;
+    }
+  }
+
   // All tiles of a batch have been opened; so many products follow.
   void begin(int products) {
     const int64_t lead = fetched_ - opened_;
@@ -60,12 +71,7 @@ class Feed {
   Lines take(int steps, const void* fallback) {
     int lines = lines_;
     while (lines > 0) {
-      if (at_ == end_) {
-        const PageRef page = walk_.next();
-        if (page.page == nullptr) break;
-        at_ = page.page;
-        end_ = at_ + page.bytes;
-      }
+      if (at_ == end_ && !start_page()) break;
       const auto left = static_cast<int>((end_ - at_) / 64);
       int count = left < lines ? left : lines;
       const bool is_last = 2 * count >= lines;
@@ -82,6 +88,13 @@ class Feed {
   }
 
  private:
+  bool start_page() {
+    const PageRef page = walk_.next();
+    at_ = page.page;
+    end_ = at_ + page.bytes;
+    return at_ != nullptr;
+  }
+
   static constexpr int64_t MOST = 256 << 10;
 
   PageWalk walk_;

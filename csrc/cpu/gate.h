@@ -22,7 +22,7 @@ inline void apply_linear(const float* weight, const float* bias, int in, int out
   for (int o = 0; o < out; ++o) {
     for (int t = 0; t < PAGE_SIZE; t += 16) {
       float* at = y + o * PAGE_SIZE + t;
-      store(at, vmax(load(at) + splat(bias[o]), floor));
+      store(at, vmax(floor, load(at) + splat(bias[o])));  // in this order NaN stays
     }
   }
 }

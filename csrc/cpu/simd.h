@@ -295,9 +295,11 @@ struct Lookup {
 #endif
 };
 
-// exp to about 2 ulp; below -87 it stays at the smallest normal, so mask what must be zero.
+// exp to about 2 ulp; below -87 it stays at the smallest normal, so mask what must be zero. NaN
+// stays NaN, here and below: of two operands vmax and vmin give the second where one of them is
+// NaN.
 SMARTKV_INLINE F exp(F x) {
-  x = vmin(vmax(x, splat(-87.0f)), splat(88.0f));
+  x = vmin(splat(88.0f), vmax(splat(-87.0f), x));
   const I n = round_int(x * splat(1.44269504f));
   const F k = to_float(n);
   F r = fma(k, splat(-0.693359375f), x);
@@ -312,9 +314,9 @@ SMARTKV_INLINE F exp(F x) {
   return as_float(as_int(p) + (n << 23));
 }
 
-// 2^x for x at most 0, relative error below 3e-6 beside that of x; next to 0 below -126.
+// 2^x for x at most 0, relative error below 4e-6 beside that of x; next to 0 below -126.
 SMARTKV_INLINE F exp2_fast(F x) {
-  x = vmax(x, splat(-126.0f));
+  x = vmax(splat(-126.0f), x);
 #if defined(SMARTKV_AVX512)
   const F k = (F)_mm512_roundscale_ps((__m512)x, 0);
 #else

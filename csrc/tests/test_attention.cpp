@@ -1,6 +1,13 @@
 // decode_attention and attention_mass against plain double precision.
 #include "attention_plan.h"
 #include "attention_problem.h"
+#include "kernel_prelude.h"
+
+#define SMARTKV_ISA fetching
+// clang-format off: feed.h uses simd.h
+#include "simd.h"
+#include "feed.h"
+// clang-format on
 
 using namespace smartkv;
 
@@ -100,6 +107,59 @@ void test_page_walk() {
   }
 }
 
+// A sliding window passes over most pages: memory must not be asked for them.
+void test_passed_pages_are_not_fetched() {
+  const Case c{1, 1, 1, 128, DType::FLOAT32, 1, 0, 500, 40};
+  Problem problem(c, {4}, {500}, Levels::GAUSSIAN, 8);
+  const DecodeAttentionParams p = problem.params();
+  const AttentionPlan plan(p, 1);
+  const auto page_of = [&](const uint8_t* at) {
+    const int64_t id = (at - p.cache.pools[0]) / p.cache.page_bytes[0];
+    return std::find(p.cache.block_table, p.cache.block_table + 8, id) - p.cache.block_table;
+  };
+  const uint8_t nothing = 0;
+  fetching::Feed feed(p, plan.pieces, plan.pieces + 1, 1, plan.bytes_per_cost);
+  for (int i = 0; i < 6; ++i) feed.pass(0);
+  feed.open(0);
+  feed.begin(2);
+  for (int product = 0; product < 2; ++product) {
+    const auto page = page_of(feed.take(64, &nothing).at);
+    CHECK(page == 6 || page == 7, "product %d fetches page %d", product, static_cast<int>(page));
+  }
+  for (int i = 0; i < 9; ++i) feed.pass(0);  // more than there are
+  CHECK(feed.take(64, &nothing).at == &nothing, "%s", "something behind the last page is fetched");
+}
+
+// A key that some query sees and that is NaN must show, in the output and in the log-sum-exp.
+void test_nan_keys_show() {
+  for (const KernelTable* kernels : testing::all_kernels()) {
+    for (Precision precision : PRECISIONS) {
+      for (int64_t q_len : {1, 20}) {
+        for (bool in_window : {true, false}) {
+          const Case c{1, 1, 2, 64, DType::FLOAT32, q_len, 70, 400, 0};
+          Problem problem(c, {in_window ? 4 : 16}, {130}, Levels::GAUSSIAN);
+          // Slot 46 of the window, or record 70.
+          Cache& cache = problem.cache;
+          if (in_window) problem.k_window.set(problem.k_window.index(0, 0, 46) + 5, NAN);
+          const float bad = NAN;
+          if (!in_window) std::memcpy(cache.page(0, 0, 70) + (6 * 64 + 5) * 4, &bad, sizeof bad);
+          Dense out(c.dtype, 1, 2, q_len, 64);
+          std::vector<float> lse(2 * q_len);
+          DecodeAttentionParams p = problem.params();
+          p.out = out.bytes.data();
+          p.lse = lse.data();
+          p.precision = precision;
+          kernels->decode_attention(p, testing::parallel(3));
+          for (int64_t i = 0; i < 2 * q_len; ++i) {
+            CHECK(std::isnan(lse[i]) && std::isnan(out.get(i * 64)), "%s: %g, lse %g",
+                  kernels->name, out.get(i * 64), lse[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_steps_and_mass() {
   for (const KernelTable* kernels : testing::all_kernels()) {
     check_steps(*kernels);
@@ -114,6 +174,8 @@ int main() {
   test_mixed_tiers();
   test_wide_groups();
   test_page_walk();
+  test_passed_pages_are_not_fetched();
+  test_nan_keys_show();
   test_steps_and_mass();
   return testing::report("attention");
 }
