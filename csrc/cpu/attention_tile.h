@@ -14,7 +14,8 @@ struct Tile {
   alignas(64) int32_t positions[PAGE_SIZE];  // -1 in slots that hold no token
   alignas(64) float k_scale[PAGE_SIZE];      // 1 in raw tiles
   alignas(64) float v_scale[PAGE_SIZE];
-  float v_top;  // largest V scale of a token
+  float v_top;     // largest V scale of a token
+  bool is_uneven;  // it is more than twice the mean: a bound by it would waste digits
   TileRef ref;
   int bits;
   const uint8_t* page;  // of a paged tile
@@ -75,6 +76,7 @@ inline void set_unit_scales(Tile& tile) {
     store(tile.v_scale + i, splat(1.0f));
   }
   tile.v_top = 1;
+  tile.is_uneven = false;
 }
 
 inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile& tile) {
@@ -118,7 +120,7 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
     set_unit_scales(tile);
     return;
   }
-  F top = splat(0.0f);
+  F top = splat(0.0f), sum = splat(0.0f);
   for (int i = 0; i < PAGE_SIZE; i += 16) {
     const auto scales = [&](int64_t section) {
       return load_fp16(reinterpret_cast<const uint16_t*>(page + section) + i);
@@ -128,9 +130,12 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
     store(tile.v_scale + i, v_scale);
     // Slots that were never written may hold NaN.
     const I is_token = gt(load_words(tile.positions + i), splat(-1));
-    top = vmax(top, select(is_token, v_scale, splat(0.0f)));
+    const F of_token = select(is_token, v_scale, splat(0.0f));
+    top = vmax(top, of_token);
+    sum = sum + of_token;
   }
   tile.v_top = hmax(top);
+  tile.is_uneven = tile.v_top * static_cast<float>(tile.ref.count) > 2 * hsum(sum);
 }
 
 inline const uint8_t* v_codes_of(const Tile& tile, int head_dim) {

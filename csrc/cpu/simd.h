@@ -314,7 +314,7 @@ SMARTKV_INLINE F exp(F x) {
   return as_float(as_int(p) + (n << 23));
 }
 
-// 2^x for x at most 0, relative error below 4e-6 beside that of x; next to 0 below -126.
+// 2^x for x below 127, relative error below 4e-6 beside that of x; next to 0 below -126.
 SMARTKV_INLINE F exp2_fast(F x) {
   x = vmax(splat(-126.0f), x);
 #if defined(SMARTKV_AVX512)

@@ -48,13 +48,26 @@ SMARTKV_INLINE void finish_scores(const Tile& tile, Span span, float bias, const
   }
 }
 
-template <bool MASKED>
+// At least ln x, at most 0.06 more: between powers of two the bits of a float follow its logarithm.
+SMARTKV_INLINE F log_above(F x) {
+  constexpr float LN_2 = 0.693147181f;
+  return fma(to_float(as_int(x)), splat(LN_2 / (1 << 23)), splat(LN_2 * (0.087f - 127)));
+}
+
+// Largest score of each row, or where WEIGHTED at least the logarithm of its largest weight.
+template <bool MASKED, bool WEIGHTED>
 inline void find_tops(const Batch& batch, int tile, RowValues& tops) {
   for (int i = 0; i < ROW_BLOCK; i += 16) store(tops.at + i, splat(-INFINITY));
   for (int i = 0; i < batch.count; ++i) {
     F x[4];
     finish_scores<MASKED>(batch.tiles[tile], batch.spans[i], batch.bias[i],
                           batch.scores_at(tile, i), x);
+    if constexpr (WEIGHTED) {
+      SMARTKV_UNROLL
+      for (int v = 0; v < 4; ++v) {
+        x[v] = x[v] + log_above(load(batch.tiles[tile].v_scale + 16 * v));
+      }
+    }
     tops.at[i] = hmax(vmax(vmax(x[0], x[1]), vmax(x[2], x[3])));
   }
 }
@@ -66,9 +79,10 @@ struct RowFactors {
   RowValues to_digits[BATCH_TILES];  // integers per unit of weight
 };
 
+// `weighted`: of uneven tiles.
 template <int DIGITS>
 inline void advance_rows(const Batch& batch, const RowValues (&tops)[BATCH_TILES],
-                         RowFactors& factors) {
+                         const RowValues (&weighted)[BATCH_TILES], RowFactors& factors) {
   for (int i = 0; i < batch.count; i += 16) {
     const F old = load(batch.rows.max + i);
     F top = old;
@@ -80,9 +94,13 @@ inline void advance_rows(const Batch& batch, const RowValues (&tops)[BATCH_TILES
     if constexpr (DIGITS == 0) continue;
     const F limit = splat(static_cast<float>(PROBABILITY_LIMIT<DIGITS>));
     for (int t = 0; t < batch.num_tiles; ++t) {
-      // No weight of the tile is above: the row's largest exponential times the largest V scale.
-      const F largest = exp_below<DIGITS>(load(tops[t].at + i) - finite);
-      const F bound = largest * splat(batch.tiles[t].v_top);
+      // No weight of the tile is above: the row's largest exponential times the largest V scale,
+      // far too much where a token of large values gets little attention.
+      const Tile& tile = batch.tiles[t];
+      F bound = exp_below<DIGITS>(load(tops[t].at + i) - finite) * splat(tile.v_top);
+      if (tile.is_uneven) {
+        bound = vmin(bound, exp_below<DIGITS>(load(weighted[t].at + i) - finite));
+      }
       store(factors.to_digits[t].at + i, as_float(gt(bound, splat(TINY)) & as_int(limit / bound)));
       store(batch.weights.scale + t * ROW_BLOCK + i, bound / limit);
     }
@@ -134,13 +152,16 @@ inline void weigh_tile(const Batch& batch, int t, const RowFactors& factors) {
 
 template <int DIGITS>
 inline void softmax_batch(const Batch& batch) {
-  RowValues tops[BATCH_TILES];
+  RowValues tops[BATCH_TILES], weighted[BATCH_TILES];
   RowFactors factors;
   for (int t = 0; t < batch.num_tiles; ++t) {
-    batch.tiles[t].all_visible ? find_tops<false>(batch, t, tops[t])
-                               : find_tops<true>(batch, t, tops[t]);
+    const bool all = batch.tiles[t].all_visible;
+    all ? find_tops<false, false>(batch, t, tops[t]) : find_tops<true, false>(batch, t, tops[t]);
+    if (DIGITS == 0 || !batch.tiles[t].is_uneven) continue;
+    all ? find_tops<false, true>(batch, t, weighted[t])
+        : find_tops<true, true>(batch, t, weighted[t]);
   }
-  advance_rows<DIGITS>(batch, tops, factors);
+  advance_rows<DIGITS>(batch, tops, weighted, factors);
   shrink_output(batch, factors.shrink);
   for (int t = 0; t < batch.num_tiles; ++t) {
     batch.tiles[t].all_visible ? weigh_tile<false, DIGITS>(batch, t, factors)

@@ -160,6 +160,45 @@ void test_nan_keys_show() {
   }
 }
 
+// A token of large values without attention must not cost the others their digits.
+void test_uneven_values() {
+  const Case c{1, 1, 2, 64, DType::FLOAT32, 1, 0, 400, 0};
+  for (int bits : {2, 4, 8}) {
+    Problem problem(c, {bits}, {128}, Levels::GAUSSIAN);
+    for (int i : {20, 90}) {
+      uint8_t* page = problem.cache.page(0, 0, i);
+      const PageLayout layout = problem.cache.layout(0);
+      uint16_t scale;
+      std::memcpy(&scale, page + layout.v_scale + i % 64 * 2, 2);
+      scale = static_cast<uint16_t>(scale + (9 << 10));  // 512 times as large
+      std::memcpy(page + layout.v_scale + i % 64 * 2, &scale, 2);
+      const int32_t future = 1000;
+      std::memcpy(page + layout.position + i % 64 * 4, &future, 4);
+    }
+    problem.keys[0] = {};
+    problem.collect_keys(0);
+    for (const KernelTable* kernels : testing::all_kernels()) {
+      for (Precision precision : PRECISIONS) {
+        Dense out(c.dtype, 1, 2, 1, 64);
+        float lse[2];
+        DecodeAttentionParams p = problem.params();
+        p.out = out.bytes.data();
+        p.lse = lse;
+        p.precision = precision;
+        kernels->decode_attention(p, testing::parallel(1));
+        const Oracle expected = attend(c, problem.keys[0], problem.q, 0, 0, SOFTMAX_SCALE);
+        double error = 0, power = 0;
+        for (int i = 0; i < 128; ++i) {
+          error += std::pow(out.get(i) - expected.out[i], 2);
+          power += std::pow(expected.out[i], 2);
+        }
+        CHECK(std::sqrt(error / power) < 2e-2, "%s: %d bits, error %g", kernels->name, bits,
+              std::sqrt(error / power));
+      }
+    }
+  }
+}
+
 void test_steps_and_mass() {
   for (const KernelTable* kernels : testing::all_kernels()) {
     check_steps(*kernels);
@@ -176,6 +215,7 @@ int main() {
   test_page_walk();
   test_passed_pages_are_not_fetched();
   test_nan_keys_show();
+  test_uneven_values();
   test_steps_and_mass();
   return testing::report("attention");
 }
