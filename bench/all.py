@@ -93,6 +93,7 @@ def jobs(device: str) -> Iterator[Job]:
     for shape in list(SHAPES)[1:]:
         yield Job(f"decode 8k{shape}", "decode_attention", decode_arguments(shape, 8192, "--mix", "--mass", "--error"))
     yield Job("decode 32k, 2 MB pages", "decode_attention", decode_arguments("", 32768, "--huge-pages"))
+    yield Job("decode 8k, window 128", "decode_attention", decode_arguments("", 8192, "--window", "128", "--mass"))
     yield Job("decode 8k, 4 queries", "decode_attention", decode_arguments("", 8192, "--q-len", "4"))
     yield Job("decode 8k, batch 4", "decode_attention", decode_arguments("", 8192, "--batch", "4"))
     for module, cases in OPS.items():

@@ -15,7 +15,7 @@ KINDS = (
 DEFAULT = ["dynamic", "quanto:4", "quanto:2", "hqq:4", "hqq:2", "fp8", "smartkv:0.5", "smartkv:0.25", "smartkv:0.125"]
 
 
-def make_cache(kind: str, config: Any, policy: str = "keydiff") -> Any:
+def make_cache(kind: str, config: Any, policy: str = "auto") -> Any:
     """A new cache. Raises ValueError for an unknown kind, and what transformers raises where a backend is missing.
 
     QuantizedCache keeps its own defaults: groups of 64, 128 recent tokens unquantised. Axes as its documentation

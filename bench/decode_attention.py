@@ -2,8 +2,10 @@
 
 python -m bench.decode_attention --bits 4 --kv-len 32768 --heads 32 --kv-heads 8 --head-dim 128 --threads 2
 python -m bench.decode_attention --bits 4 --bits 8 --mix --mass --error --json
+python -m bench.decode_attention --bits 4 --kv-len 8192 --window 128
 
-Bytes are those of the pages; queries, tables and the output are less than 1 % of them. Every query is behind all keys.
+Bytes are those of the pages and of the dense window, which holds the last of the ``kv_len`` tokens; queries, tables and
+the output are less than 1 % of them. Every query is behind all keys.
 """
 
 from __future__ import annotations
@@ -24,21 +26,23 @@ from smartkv_ext import ops
 from smartkv_ext.reference.layout import BITS
 
 
-def attention_calls(session: Session, cache: Packed, q: torch.Tensor, **keywords: Any) -> Work:
-    """Calls that attend over separate copies of the pages."""
+def attention_calls(session: Session, cache: Packed, q: torch.Tensor, window_len: int = 0, **keywords: Any) -> Work:
+    """Calls that attend over separate copies of the pages and of a dense window behind them."""
     batch, kv_heads, _, head_dim = (*cache.lengths.shape, q.shape[-1])
     table, lengths, mean = (x.to(session.device) for x in (cache.block_table, cache.lengths, cache.mean))
     q = q.to(session.device)
-    window = q.new_empty(batch, kv_heads, 0, head_dim)
-    none = torch.empty(batch, 0, dtype=torch.int32, device=session.device)
-    start = torch.tensor([cache.q_start], device=session.device)
+    windows = torch.randn(2, batch, kv_heads, window_len, head_dim).to(q)
+    first = cache.q_start
+    positions = torch.arange(first, first + window_len, dtype=torch.int32, device=session.device).expand(batch, -1)
+    start = torch.tensor([first + window_len], device=session.device)
 
-    def call(*pools: torch.Tensor) -> Any:
+    def call(dense: torch.Tensor, *pools: torch.Tensor) -> Any:
         return ops.decode_attention(
-            q, pools, table, lengths, mean, window, window, none, start, cache.tier_bits, **keywords
+            q, pools, table, lengths, mean, *dense, positions, start, cache.tier_bits, **keywords
         )
 
-    return Work([partial(call, *pools) for pools in zip(*session.copies(*cache.pools), strict=True)], cache.num_bytes)
+    copies = zip(*session.copies(windows, *cache.pools), strict=True)
+    return Work([partial(call, *tensors) for tensors in copies], cache.num_bytes + windows.nbytes)
 
 
 def relative_errors(
@@ -141,6 +145,7 @@ def main(
     ] = False,
     mass: Annotated[bool, typer.Option("--mass", help="also with return_mass")] = False,
     error: Annotated[bool, typer.Option("--error", help="relative L2 error against float64")] = False,
+    window: Annotated[int, typer.Option(min=0, help="tokens of the dense window, as in a decode step")] = 0,
     device: options.Device = "cpu",
     threads: options.Threads = 2,
     seconds: options.Seconds = 1.0,
@@ -150,17 +155,20 @@ def main(
 ) -> None:
     """Time one or several tiers. One tier: its fields at the top level of the JSON; several: a list, ``cases``."""
     session = Session.open("decode_attention", device, threads, seconds, huge_pages, json, plot)
+    if window >= kv_len or (window and error):
+        raise typer.BadParameter(f"{window} must be below kv_len, and 0 with --error", param_hint="--window")
     rivals = session.rivals(attention_rivals(session, batch, heads, kv_heads, q_len, kv_len, head_dim))
-    tokens = Tokens.random(batch, kv_heads, kv_len, head_dim, session.device)
+    tokens = Tokens.random(batch, kv_heads, kv_len - window, head_dim, session.device)
     q = torch.randn(batch, heads, q_len, head_dim).to(torch.bfloat16)
-    keywords = {} if precision is None else {"precision": precision}
+    keywords: dict[str, Any] = {"window_len": window} | ({} if precision is None else {"precision": precision})
     extras = {"mix": mix, "mass": mass, "error": error}
     measured = [measure(session, width, tokens, q, rivals, extras, keywords) for width in bits]
     cases = [one.fields() for one in measured]
     rows = [row for one in measured for row in one.rows()] + rival_rows(cases[-1])
     context = session.context(
-        kv_len=kv_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_len=q_len, batch=batch, precision=precision
-    )
+        kv_len=kv_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_len=q_len, batch=batch,
+        precision=precision, window=window,
+    )  # fmt: skip
     title = f"{heads} q / {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, q_len {q_len}, batch {batch}"
     session.show(title, rows, context | (cases[0] if len(cases) == 1 else {"cases": cases}))
 

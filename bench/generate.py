@@ -111,7 +111,7 @@ def main(
     context: Annotated[list[int], typer.Option(help="tokens before decoding; several may follow")] = [2048],  # noqa: B006
     tokens: Annotated[int, typer.Option(min=4, help="tokens to decode")] = 64,
     cache: Annotated[list[str], typer.Option(help=KINDS)] = DEFAULT,
-    policy: Annotated[str, typer.Option(help="of SmartKV")] = "keydiff",
+    policy: Annotated[str, typer.Option(help="of SmartKV")] = "auto",
     chunk: Annotated[int, typer.Option(min=0, help="tokens per forward of the prefill, 0: all")] = 0,
     limit: Annotated[float, typer.Option(help="seconds after which decoding stops early")] = 120.0,
     repeats: Annotated[int, typer.Option(min=1, help="measurements of each, in turns; medians are shown")] = 1,
