@@ -54,7 +54,7 @@ inline void load_k(const AttentionRun& run, const Tile& tile, const Workspace& w
     if (!is_unpacked(run, tile, K_LANES)) return;
     unpack_codes<K_LANES>(codec, k_stream(tile, fetch), reinterpret_cast<uint8_t*>(w.k_tile));
   } else if (!is_k_fused(run, tile) && !is_dense(run, tile)) {
-    decode_tile_k(tile, run.codecs, run.p.cache.head_dim, w.k_tile);
+    decode_tile_k(tile, run.codecs, fetch, run.p.cache.head_dim, w.k_tile);
   }
 }
 inline void load_v(const AttentionRun& run, const Tile& tile, const Workspace& w, Lines fetch) {
@@ -65,7 +65,7 @@ inline void load_v(const AttentionRun& run, const Tile& tile, const Workspace& w
     unpack_codes<V_LANES>(codec, v_stream(tile, head_dim, fetch),
                           reinterpret_cast<uint8_t*>(w.v_tile));
   } else if (!is_v_fused(run, tile) && !is_dense(run, tile)) {
-    decode_tile_v(tile, run.codecs, head_dim, w.v_tile);
+    decode_tile_v(tile, run.codecs, fetch, head_dim, w.v_tile);
   }
 }
 

@@ -142,13 +142,17 @@ inline const uint8_t* v_codes_of(const Tile& tile, int head_dim) {
   return tile.page + int64_t{PAGE_SIZE} * record_lanes(tile.bits, head_dim);
 }
 
-inline void decode_tile_k(const Tile& tile, const TierCodecs& codecs, int head_dim, float* out) {
-  if (tile.bits == 16) return load_transposed(out, tile.k, head_dim);
+inline void decode_tile_k(const Tile& tile, const TierCodecs& codecs, Lines fetch, int head_dim,
+                          float* out) {
+  if (tile.bits == 16) return load_transposed(out, tile.k, fetch, head_dim);
+  fetch.walk(record_lanes(tile.bits, head_dim));
   decode_k_tile(out, tile.page, codecs.at[tile.ref.tier]);
 }
 
-inline void decode_tile_v(const Tile& tile, const TierCodecs& codecs, int head_dim, float* out) {
-  if (tile.bits == 16) return load_visible(out, tile.v, head_dim, tile.visible);
+inline void decode_tile_v(const Tile& tile, const TierCodecs& codecs, Lines fetch, int head_dim,
+                          float* out) {
+  if (tile.bits == 16) return load_visible(out, tile.v, fetch, head_dim, tile.visible);
+  fetch.walk(record_lanes(tile.bits, head_dim));
   decode_v_tile(out, v_codes_of(tile, head_dim), codecs.at[tile.ref.tier]);
 }
 

@@ -12,15 +12,6 @@ constexpr int DENSE_ROWS = 8, DENSE_SUMS = 4;
 constexpr int DENSE_ROWS = 4, DENSE_SUMS = 2;
 #endif
 
-// Steps of a product with rows: one for each line of K or V.
-SMARTKV_INLINE int row_steps(const Rows& rows, int head_dim) {
-  return rows.count * ((head_dim * dtype_size(rows.dtype) + 63) / 64);
-}
-SMARTKV_INLINE void fetch_row(const Rows& rows, Lines& fetch, const char* line) {
-  if (rows.ahead != 0) __builtin_prefetch(line + rows.ahead);
-  fetch.step();
-}
-
 // Lane i: the sum of the lanes of x[i].
 SMARTKV_INLINE F sum_lanes(F (&x)[16]) {
   const auto halve = [&]<int H>() {

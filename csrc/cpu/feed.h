@@ -14,6 +14,9 @@ struct Lines {
     __builtin_prefetch(at);
     at += stride;
   }
+  void walk(int steps) {
+    for (int i = 0; i < steps; ++i) step();
+  }
 };
 
 SMARTKV_INLINE Lines no_lines(const void* at) { return {static_cast<const uint8_t*>(at), 0}; }

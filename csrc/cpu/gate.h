@@ -37,7 +37,7 @@ inline void score_tile(const GateScoreParams& p, int64_t item, int64_t tile, Gat
                   static_cast<int>(left < PAGE_SIZE ? left : PAGE_SIZE),
                   left > PAGE_SIZE ? PAGE_SIZE * keys.stride_n * dtype_size(keys.dtype) : 0};
   float *x = scratch.x, *y = scratch.y;
-  load_transposed(x, rows, p.sizes[0]);
+  load_transposed(x, rows, no_lines(rows.data), p.sizes[0]);
   for (int i = 0; i < p.num_linear; ++i) {
     const int64_t in = p.sizes[i], out = p.sizes[i + 1], at = layer * p.num_kv_heads + head;
     apply_linear(p.weights[i] + at * out * in, p.biases[i] + at * out, p.sizes[i], p.sizes[i + 1],

@@ -79,8 +79,17 @@ struct Rows {
   int64_t stride;  // bytes
   int count;
   int64_t
-      ahead;  // of the window: bytes to the same row of the next tile, fetched meanwhile; else 0
+      ahead;  // bytes to the same row of the next tile, fetched meanwhile; 0 where a Feed does it
 };
+
+// Steps of a walk over rows of K or V: one for each line.
+SMARTKV_INLINE int row_steps(const Rows& rows, int head_dim) {
+  return rows.count * ((head_dim * dtype_size(rows.dtype) + 63) / 64);
+}
+SMARTKV_INLINE void fetch_row(const Rows& rows, Lines& fetch, const char* line) {
+  if (rows.ahead != 0) __builtin_prefetch(line + rows.ahead);
+  fetch.step();
+}
 
 template <int H, class V, int... LANE>
 SMARTKV_INLINE void exchange_lanes(V& a, V& b, Lanes<LANE...>) {
@@ -116,7 +125,7 @@ SMARTKV_INLINE void exchange_rows(F (&x)[16]) {
 }
 
 // Rows [count][head_dim] -> [head_dim][64]; columns past count hold copies of the last row.
-inline void load_transposed(float* out, const Rows& rows, int head_dim) {
+inline void load_transposed(float* out, const Rows& rows, Lines fetch, int head_dim) {
   with_dtype(rows.dtype, [&]<DType DTYPE>() {
     for (int token = 0; token < rows.count; token += 16) {
       for (int c = 0; c < head_dim; c += 16) {
@@ -124,8 +133,9 @@ inline void load_transposed(float* out, const Rows& rows, int head_dim) {
         SMARTKV_UNROLL
         for (int i = 0; i < 16; ++i) {
           const int n = token + i < rows.count ? token + i : rows.count - 1;
-          const char* row = rows.data + n * rows.stride;
-          x[i] = load_values<DTYPE>(row, c);
+          const char* at = rows.data + n * rows.stride + c * dtype_size(DTYPE);
+          if (c * dtype_size(DTYPE) % 64 == 0) fetch_row(rows, fetch, at);
+          x[i] = load_values<DTYPE>(at, 0);
         }
         exchange_rows<1>(x);
         exchange_rows<2>(x);
@@ -140,11 +150,14 @@ inline void load_transposed(float* out, const Rows& rows, int head_dim) {
 }
 
 // Rows that `visible` leaves out become zeros: they may hold NaN.
-inline void load_visible(float* out, const Rows& rows, int head_dim, uint64_t visible) {
+inline void load_visible(float* out, const Rows& rows, Lines fetch, int head_dim,
+                         uint64_t visible) {
   const int stride = v_stride(head_dim);
   for (int n = 0; n < PAGE_SIZE; ++n, out += stride) {
     if (visible >> n & 1) {
       const char* row = rows.data + n * rows.stride;
+      for (int i = 0; i < head_dim * dtype_size(rows.dtype); i += 64)
+        fetch_row(rows, fetch, row + i);
       load_row(out, row, rows.dtype, head_dim);
     } else {
       __builtin_memset(out, 0, head_dim * sizeof(float));
