@@ -116,17 +116,23 @@ def missing(folder: Path, recipe: Recipe) -> Iterator[Shard]:
             yield shard
 
 
-def describe(folder: Path, recipe: Recipe, config: Any) -> None:
-    """Write dataset.json, or check that the folder belongs to the same recipe. Raises ValueError."""
-    facts = {"format": FORMAT, "recipe": recipe.data()}
+def collected(folder: Path, recipe: Recipe) -> int:
+    """Tokens that dataset.json promises, 0 without one. Raises ValueError if the folder belongs to another recipe."""
     path = folder / "dataset.json"
-    if path.is_file():
-        known = json.loads(path.read_text())
-        size = known["recipe"] | {"tokens": recipe.tokens}  # may grow: a shard does not depend on how many there are
-        if {k: known[k] for k in facts} | {"recipe": size} != facts:
-            raise ValueError(f"{str(folder)!r} holds shards of another recipe: name another folder with --out")
-        if known["recipe"].get("tokens", 0) >= recipe.tokens:
-            return
+    if not path.is_file():
+        return 0
+    facts, known = {"format": FORMAT, "recipe": recipe.data()}, json.loads(path.read_text())
+    size = known["recipe"] | {"tokens": recipe.tokens}  # may grow: a shard does not depend on how many there are
+    if {k: known[k] for k in facts} | {"recipe": size} != facts:
+        raise ValueError(f"{str(folder)!r} holds shards of another recipe: name another folder with --out")
+    return int(known["recipe"].get("tokens", 0))
+
+
+def describe(folder: Path, recipe: Recipe, config: Any) -> None:
+    """Write dataset.json, unless the folder's promises as many tokens. Raises ValueError if it is of another recipe."""
+    if collected(folder, recipe) >= recipe.tokens:
+        return
+    facts, path = {"format": FORMAT, "recipe": recipe.data()}, folder / "dataset.json"
     folder.mkdir(parents=True, exist_ok=True)
     geometry = ModelGeometry.from_config(config)
     shape = {"num_layers": geometry.num_layers, "num_kv_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim}
@@ -136,7 +142,11 @@ def describe(folder: Path, recipe: Recipe, config: Any) -> None:
 
 
 def collect_shards(recipe: Recipe, folder: Path, seconds: float = math.inf, quiet: bool = False) -> int:
-    """Make what is missing of a data set, for at most about ``seconds``; returns how many shards are still missing."""
+    """Make what is missing of a data set, for at most about ``seconds``; returns how many shards are still missing.
+
+    Raises ValueError, before anything is made or reused, for a folder of another recipe.
+    """
+    collected(folder, recipe)
     start, todo = time.monotonic(), list(missing(folder, recipe))
     if not todo:
         return 0

@@ -109,6 +109,19 @@ def test_shards_are_the_same_whoever_makes_them(recipe, shards, tmp_path, monkey
         collect_shards(replace(recipe, seed=7), tmp_path, quiet=True)
 
 
+def test_a_finished_run_takes_no_other_text(recipe, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    (tmp_path / "gates").mkdir()
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    for changed in (replace(recipe, sources={str(other): 1.0}), replace(recipe, length=40)):
+        with pytest.raises(ValueError, match="shards of another recipe: name another folder with --out"):
+            run(changed, tmp_path, quiet=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()} == before
+    assert not (tmp_path / "training").exists() and not list((tmp_path / "gates").iterdir())
+
+
 def test_a_data_set_grows(recipe, shards, tmp_path):
     shutil.copytree(shards, tmp_path / "grown")
     more, old = replace(recipe, tokens=11 * 8 * recipe.length), shards / "train-00004.safetensors"
