@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +85,8 @@ def measure(gates: Gates, tokens: TokenSet, recipe: Recipe) -> Measured:
     scores = found.numpy()
     fit, test = even & far.numpy(), ~even & far.numpy()
     maps = [platt(s[fit], y[fit]) for s, y in zip(scores, label, strict=True)]
-    probabilities = numpy.stack([1 / (1 + numpy.exp(-(a * s + b))) for s, (a, b) in zip(scores, maps, strict=True)])
+    slope, offset = torch.tensor(maps, dtype=torch.float64)[..., None].unbind(1)
+    probabilities = torch.sigmoid(slope * found + offset).numpy()  # exp of a large score would overflow
     isotonic = [
         calibration_error(
             IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(s[fit], y[fit]).predict(s[test]), y[test]
@@ -134,12 +135,27 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     return out | {"heads measured": len(aucs)}
 
 
+def recipe_of(gates: Gates) -> Recipe:
+    """What gates were trained for, as far as exported ones say it. Raises ValueError if they do not."""
+    if "recipe" in gates.info:
+        return Recipe(**gates.info["recipe"])
+    known = {name: gates.info[name] for name in ("target", "weighted") if name in gates.info}
+    if "target" not in known:
+        raise ValueError(
+            "these gates do not say what they were trained for: name the folder 'training' of their run with --gates"
+        )
+    return Recipe(kind=gates.kind, inputs=gates.inputs, **known, **gates.info.get("calibrated", {}))
+
+
 def evaluate_gates(folder: Path, data: Path, out: Path, split: str = "valid", **changes: Any) -> dict[str, Any]:
     """Measure gates in a folder on shards, write tables and plots to ``out``, and the calibration into the gates."""
     gates = Gates.from_pretrained(folder)
-    recipe = Recipe(**(gates.info["recipe"] | changes))
+    recipe = replace(recipe_of(gates), **changes)
     names = {recipe.target, f"future_max_{recipe.horizon}", "value_norm"}
     tokens = TokenSet.load(data, split, sorted(names), recipe.inputs)
+    for name in ("num_layers", "num_kv_heads", "head_dim"):
+        if tokens.facts[name] != (want := getattr(gates.model, name)):
+            raise ValueError(f"{str(data)!r} is of another model: {name} is {tokens.facts[name]}, the gates' is {want}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedMetricWarning)
         found = measure(gates, tokens, recipe)

@@ -2,6 +2,7 @@
 
 python -m training.layer_shares --text BOOK.txt --policy snapkv --export shares.json
 smartkv generate --policy shares.json ...
+python -m training.layer_shares --model MODEL --gates runs/MODEL/gates      writes the shares into the gates
 
 One layer at a time holds its tokens in ``budget`` of its bytes while all others are exact; D_l is the KL divergence
 that this alone costs. With losses that add up over the layers and fall like bytes ** -slope, the least sum under one
@@ -25,7 +26,7 @@ from smartkv_ext import SmartKVCache, patch
 from smartkv_ext.eval.answer import Decoder
 from smartkv_ext.eval.metrics import mean_kl
 from smartkv_ext.eval.recording import Recording, record, replay
-from smartkv_ext.eval.tasks.options import first_tokens, read_text
+from smartkv_ext.eval.tasks.options import first_tokens, language_reference, read_text
 from smartkv_ext.gates import Gates
 from smartkv_ext.policies import get_policy
 
@@ -68,11 +69,13 @@ def layer_losses(model: Any, tokenizer: Any, recording: Recording, future: torch
 
 
 def main(
-    text: Annotated[str, typer.Option(help="FILE or FILE@0.5")],
-    export: Annotated[Path, typer.Option(help="policy map to write")],
+    text: Annotated[str | None, typer.Option(help="FILE or FILE@0.5; default: Python's language reference")] = None,
+    export: Annotated[Path | None, typer.Option(help="policy map to write; needed without --gates")] = None,
     model: str = "smollm2",
     dtype: str = "float32",
-    policy: Annotated[str, typer.Option(help="what all layers follow")] = "snapkv",
+    policy: Annotated[
+        str | None, typer.Option(help="what all layers follow; default: gate with --gates, else snapkv")
+    ] = None,
     budget: Annotated[float, typer.Option(help="fraction that each layer in turn is given", min=0.01, max=1)] = 0.0625,
     slope: Annotated[float, typer.Option(help="how loss falls with bytes, as a power", min=0.1)] = 1.0,
     tokens: int = 4096,
@@ -82,13 +85,17 @@ def main(
 ) -> None:
     """Print a row per layer and write the map; last line JSON."""
     start = time.process_time()
+    if export is None and gates is None:
+        raise typer.BadParameter("name a map to write with --export, or gates that the shares go to with --gates")
+    policy = policy or ("snapkv" if gates is None else "gate")
     learned = None if gates is None else Gates.from_pretrained(gates)
     followed = get_policy(policy)
     if learned is not None:
         learned.layer_shares = None  # of an earlier run
         followed = get_policy(policy, gates=learned) if policy == "gate" else followed
     network, tokenizer = load(model, dtype)
-    ids = first_tokens(tokenizer, read_text(text), tokens + future, text)
+    words = language_reference() if text is None else read_text(text)
+    ids = first_tokens(tokenizer, words, tokens + future, text or "reference")
     with patch(network):
         if recording is not None and recording.exists():
             prefill = Recording.load(recording)
@@ -102,7 +109,8 @@ def main(
     found = shares(losses, slope)
     content = policy_map(found, policy)
     get_policy("map", **content).check(len(found), network.config.num_key_value_heads)
-    export.write_text(json.dumps(content, indent=2) + "\n")
+    if export is not None:
+        export.write_text(json.dumps(content, indent=2) + "\n")
     if gates is not None and learned is not None:
         learned.layer_shares = found
         learned.save_pretrained(gates)

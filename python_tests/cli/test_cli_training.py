@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import shlex
 import sys
 
 import pytest
+import typer
 import yaml
 from cli_runner import DOCUMENT, call
+from typer.testing import CliRunner
 
 from smartkv_ext.gates import Gates
+from training import layer_shares
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,10 @@ def test_train_leads_to_gates_that_the_other_commands_take(recipe, tmp_path):
         found["gates"] == str(run / "gates")
         and found["parameters"] == Gates.from_pretrained(run / "gates").num_parameters
     )
+    exported = call("evaluate", "--gates", run / "gates", "--data", run / "shards", "--out", tmp_path / "e")
+    assert exported.exit_code == 0 and json.loads(exported.stdout)["horizon"] == 32, exported.output
+    nowhere = call("evaluate", "--gates", run / "gates", "--data", tmp_path / "no", "--out", tmp_path / "e")
+    assert nowhere.exit_code == 1 and "has no shards of the valid split" in nowhere.stderr
     again = call("collect", "--recipe", recipe, "--out", run / "shards")
     assert again.exit_code == 0 and "is complete" in again.stdout
     result = call(
@@ -45,6 +53,30 @@ def test_train_leads_to_gates_that_the_other_commands_take(recipe, tmp_path):
     assert result.exit_code == 0 and "parameters" in result.stdout
     result = call("explore", "--recipe", recipe, "--out", tmp_path / "x", "--pieces", 1)
     assert result.exit_code == 0 and (tmp_path / "x" / "heads.csv").is_file()
+
+
+def test_train_says_how_to_measure_layer_shares(recipe, tmp_path):
+    result = call("train", "--recipe", recipe, "--out", tmp_path / "a run")
+    assert result.exit_code == 0, result.output
+    words = shlex.split(result.stdout.splitlines()[-1])
+    assert words[:3] == ["python", "-m", "training.layer_shares"]
+    steps = typer.Typer()
+    steps.command()(layer_shares.main)
+    measured = CliRunner().invoke(steps, [*words[3:], "--tokens", "700", "--future", "16"])
+    assert measured.exit_code == 0, measured.output
+    assert Gates.from_pretrained(tmp_path / "a run" / "gates").layer_shares.tolist() == pytest.approx(
+        json.loads(measured.stdout.splitlines()[-1])["shares"]
+    )
+    assert CliRunner().invoke(steps, []).exit_code == 2, "nowhere to write to"
+
+
+def test_an_interrupted_run_says_how_to_go_on(recipe, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.pipeline.collect_shards", interrupt)
+    done = call("train", "--recipe", recipe, "--out", tmp_path)
+    assert done.exit_code == 130 and done.stderr == "Interrupted. The same command goes on from here.\n"
 
 
 def test_what_cannot_be_is_said_in_one_line(recipe, tmp_path):

@@ -47,8 +47,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except CliError as error:
             console.print(f"Error: {error}", markup=False)
             raise typer.Exit(error.code) from None
-        except KeyboardInterrupt:
-            console.print("Interrupted.")
+        except KeyboardInterrupt as error:
+            console.print(" ".join(["Interrupted.", *map(str, error.args)]), markup=False)
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,15 @@ def told() -> Iterator[None]:
         raise CliError(first_line(error)) from error
 
 
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("The same command goes on from here.") from None
+
+
 @app.command()
 @command
 def explore(out: Out, recipe: RecipeName = Path("small"), model: ModelName = None, pieces: int = 4) -> None:
@@ -75,7 +85,7 @@ def collect(
     seconds: Annotated[float, typer.Option(help="Stop after about this long; a later call goes on.")] = float("inf"),
 ) -> None:  # fmt: skip
     """Pre-RoPE keys and attention targets of a model, as resumable shards."""
-    with told():
+    with told(), resumable():
         left = step("collect").collect_shards(read_recipe(recipe, model, text), out, seconds)
     typer.echo(f"{left} shards are still to be made" if left else f"{out} is complete")
 
@@ -92,7 +102,7 @@ def train(
     """Collect, train, evaluate and export gates for a model. Goes on where it was stopped."""
     chosen = read_recipe(Path("small") if small else recipe, model, text)
     folder = out or Path("runs") / Path(chosen.model).name
-    with told():
+    with told(), resumable():
         result = step("pipeline").run(chosen, folder)
     if as_json:
         typer.echo(json.dumps(result))
@@ -101,7 +111,9 @@ def train(
     typer.echo(
         f"{result['parameters']:,} parameters; median over heads: AUC {result.get('auc', float('nan')):.3f}, "
         f"R2 {result.get('r2', float('nan')):.3f}; {took}\nUse them: a policy file that holds "
-        f'{{"name": "gate", "gates": "{result["gates"]}"}}'
+        f'{{"name": "gate", "gates": "{result["gates"]}"}}\n'
+        "These gates treat every layer the same. To measure the layer shares and add them, run next:\n"
+        + shlex.join(["python", "-m", "training.layer_shares", "--model", chosen.model, "--gates", result["gates"]])
     )
 
 
