@@ -175,6 +175,14 @@ def evaluate_gates(folder: Path, data: Path, out: Path, split: str = "valid", **
     return result | {"rows": rows}
 
 
+def show_evaluation(title: str, result: dict[str, Any], json_only: bool = False) -> None:
+    """A table of heads, then the medians as a line of JSON."""
+    columns = ("layer", "head", "positives", "auc", "average_precision", "f1", "sensitivity_0.1", "specificity_0.1",
+               "retention_0.1", "calibration_error", "r2")  # fmt: skip
+    rows = [{name: row[name] for name in columns} for row in result["rows"]]
+    show(title, rows, {name: x for name, x in result.items() if name != "rows"}, json_only)
+
+
 def main(
     gates: Annotated[Path, typer.Option(help="folder of gates")],
     data: Annotated[Path, typer.Option(help="folder of shards")],
@@ -185,10 +193,7 @@ def main(
 ) -> None:
     """Print a row per head and the medians; last line JSON."""
     result = evaluate_gates(gates, data, out, split, horizon=horizon, threshold=threshold)
-    rows = result.pop("rows")
-    columns = ("layer", "head", "positives", "auc", "average_precision", "f1", "sensitivity_0.1", "specificity_0.1",
-               "retention_0.1", "calibration_error", "r2")  # fmt: skip
-    show(f"{gates}: {split}", [{name: row[name] for name in columns} for row in rows], result)
+    show_evaluation(f"{gates}: {split}", result)
 
 
 if __name__ == "__main__":

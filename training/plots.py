@@ -44,11 +44,15 @@ def draw_all(found: Measured, rows: list[dict[str, Any]], gates: Gates, losses: 
 
         def confusion(axes: Axes, i: int, limit: float = limit) -> None:
             table = confusion_matrix(found.labels[i], found.probabilities[i] > limit, labels=[False, True])
-            axes.imshow(numpy.log1p(table), cmap="Blues")
+            picture = axes.imshow(numpy.log1p(table), cmap="Blues")
             for (r, c), count in numpy.ndenumerate(table):
-                axes.text(c, r, str(count), ha="center", va="center", fontsize=5)
+                color = "white" if picture.norm(math.log1p(count)) > 0.6 else "black"
+                axes.text(c, r, str(count), ha="center", va="center", fontsize=5, color=color)
 
-        title = f"confusion at p = {limit}: rows are labels, columns what the gate says"
+        title = (
+            f"tokens by label (rows: no, yes) and gate (columns: no, yes) at p = {limit}\n"
+            "above each: layer.head and sensitivity"
+        )
         grid(title, rows, f"sensitivity_{limit}", columns, confusion).savefig(out / f"confusion_{limit}.png")
     head_maps(rows, gates.model.num_kv_heads).savefig(out / "heads.png")
     if losses.is_file():
@@ -58,7 +62,7 @@ def draw_all(found: Measured, rows: list[dict[str, Any]], gates: Gates, losses: 
 def grid(title: str, rows: list[dict[str, Any]], name: str, columns: int, draw: Callable[[Axes, int], None]) -> Figure:
     """One small picture per head; heads without both labels stay empty."""
     lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(CELL * columns, CELL * 1.2 * lines), layout="constrained", dpi=90)
+    figure = Figure(figsize=(CELL * columns, CELL * 1.2 * lines), layout="constrained", dpi=150)
     figure.suptitle(title, fontsize=8)
     for i, row in enumerate(rows):
         axes = figure.add_subplot(lines, columns, i + 1)

@@ -245,6 +245,19 @@ def recipe_of(folder):
     return Recipe(**Gates.from_pretrained(folder / "training").info["recipe"])
 
 
+def test_what_gates_cannot_be_evaluated_on(recipe, shards, tmp_path):
+    made = train_gates(replace(recipe, epochs=1), shards, tmp_path / "gates", quiet=True)
+    shutil.copytree(shards, tmp_path / "shards")
+    facts = tmp_path / "shards" / "dataset.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"num_layers": 3}))
+    with pytest.raises(ValueError, match="of another model: num_layers is 3, the gates' is 2"):
+        evaluate_gates(tmp_path / "gates", tmp_path / "shards", tmp_path / "e")
+    made.info = {}
+    made.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="name the folder 'training' of their run"):
+        evaluate_gates(tmp_path / "bare", shards, tmp_path / "e")
+
+
 def test_gates_of_keys_and_values(recipe, shards, tmp_path):
     chosen = replace(recipe, inputs="key_value", weighted=True, loss="huber", epochs=1)
     made = train_gates(chosen, shards, tmp_path / "gates", quiet=True)

@@ -122,13 +122,13 @@ def train(
 def evaluate(
     gates: Gates, data: Data, out: Out, split: str = "valid",
     threshold: Annotated[float | None, typer.Option(help="Attention that matters. Default: the recipe's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the line of JSON alone, without the table.")] = False,
 ) -> None:  # fmt: skip
     """AUC, sensitivity, specificity, calibration of every head, with pictures; calibrates the gates in place."""
     changes = {} if threshold is None else {"threshold": threshold}
     with told():
         result = step("evaluate").evaluate_gates(gates, data, out, split, **changes)
-    result.pop("rows")
-    typer.echo(json.dumps(result))
+        step("evaluate").show_evaluation(f"{gates}: {split}", result, as_json)
 
 
 @app.command()
