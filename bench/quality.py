@@ -27,7 +27,7 @@ BEST = ["expected_attention", "snapkv", "keydiff", "evolved"]  # for ablations: 
 SETS: dict[str, list[str]] = {
     "none": [],
     "rivals": RIVALS + UNIFORM,
-    "budgets": [f"smartkv policy={policy}" for policy in POLICIES],
+    "budgets": [f"smartkv policy={policy}" for policy in POLICIES if policy != "map"],
     "evict_only": [f"smartkv policy={policy} tiers=16" for policy in BEST],
     "no_two_bits": [f"smartkv policy={policy} tiers=3,4,8" for policy in BEST],
     "two_tiers": [f"smartkv policy={policy} tiers=2,4" for policy in BEST],

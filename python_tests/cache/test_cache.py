@@ -158,7 +158,8 @@ def test_load_refuses_what_it_cannot_trust(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "fraction", "num_bytes"),
-    [(0.25, 0.25, None), ("0.5", 0.5, None), (1, 1.0, None), ("64MB", None, 64_000_000), ("1.5 GiB", None, 3 * 2**29),
+    [(0.25, 0.25, None), ("0.5", 0.5, None), ("1/8", 0.125, None), (" 3 / 4 ", 0.75, None),
+     ("1/1", 1.0, None), (1, 1.0, None), ("64MB", None, 64_000_000), ("1.5 GiB", None, 3 * 2**29),
      ("4bits", 0.25, None), ("2.5 bits", 2.5 / 16, None), (None, None, None)],
 )  # fmt: skip
 def test_budget_spellings(text, fraction, num_bytes):
@@ -166,7 +167,9 @@ def test_budget_spellings(text, fraction, num_bytes):
     assert (budget.fraction, budget.num_bytes) == (fraction, num_bytes)
 
 
-@pytest.mark.parametrize("text", [0, -1, 2, 1.5, "64 bananas", "", "0MB", "17bits", "MB", float("nan")])
+@pytest.mark.parametrize(
+    "text", [0, -1, 2, 1.5, "64 bananas", "", "0MB", "17bits", "MB", "3/2", "0/8", "1/0", "1/8 MB", "1/", float("nan")]
+)
 def test_bad_budgets_are_refused(text):
     with pytest.raises(ValueError, match=r"budget must be a fraction in \(0, 1\]"):
         parse_budget(text)
@@ -179,6 +182,8 @@ def test_bad_budgets_are_refused(text):
         (dict(policy="magic"), ValueError, "magic"),
         (dict(tiers=(5,)), ValueError, "tiers must be distinct values of 2, 3, 4, 8, 16; got"),
         (dict(tiers=()), ValueError, "tiers must be"),
+        (dict(tiers=4), TypeError, "tiers must be a sequence of bits, of 2, 3, 4, 8, 16; got 4"),
+        (dict(tiers="2,3"), TypeError, "tiers must be a sequence"),
         (dict(tiers=(4, 4)), ValueError, "tiers must be distinct"),
         (dict(sinks=-1), ValueError, "sinks must be at least 0; got -1"),
         (dict(window=0), ValueError, "window must be at least 1; got 0"),
@@ -195,6 +200,10 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 
 def test_bad_models_are_named():
+    with pytest.raises(
+        TypeError, match=r"config must be a transformers config, as model.config is; got Qwen2ForCausal"
+    ):
+        SmartKVCache(tiny("qwen2"))
     with pytest.raises(ValueError, match="head_dim must be one of 64, 80, 96, 128, 256; got 32"):
         SmartKVCache(tiny("qwen3", head_dim=32).config)
     with pytest.raises(ValueError, match="scope must be head or layer"):

@@ -35,7 +35,7 @@ def test_generate_prints_answer_table_and_json(folder, document):
     assert result["full"]["after_answer"]["total_bytes"] == 2 * result["full"]["after_answer"]["full_bytes"]  # float32
     assert result["same_answer"] == (result["smartkv"]["token_ids"] == result["full"]["token_ids"])
     assert done.stdout.count("\n") == 1  # the rest goes to stderr
-    for text in ("codes", "tokens evicted", "prefill", "decode", "share of full bf16"):
+    for text in ("codes", "tokens evicted", "prefill", "decode", "share of full bf16", "policy"):
         assert text in done.stderr
 
 
@@ -55,7 +55,7 @@ def test_full_answer_is_greedy_generate(folder, document):
     assert found == (expected[: expected.index(0)] if 0 in expected else expected)
 
 
-@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full", "gate", "gate_hybrid"}))
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full", "gate", "gate_hybrid", "map"}))
 def test_every_policy_answers_within_its_budget(folder, document, policy):
     done = ask(folder, document, "--policy", policy, "--budget", "0.25", "--max-new-tokens", "80", "--json")
     assert done.exit_code == 0, done.output
@@ -84,6 +84,8 @@ def test_document_from_stdin(folder):
         (["--budget", "3"], ["budget must be", "got 3"]),
         (["--budget", "lots"], ["budget must be", "'lots'"]),
         (["--budget", "1KB"], ["budget must be at least", "1,000"]),
+        (["--budget", "3/2"], ["budget must be", "'3/2'"]),
+        (["--policy", "map"], ['policy "map" must say what it maps', "--policy FILE.json"]),
         (["--policy", "nope"], ["policy must be one of", "keydiff", "'nope'"]),
         (["--tiers", "2,5"], ["tiers must be", "5"]),
         (["--tiers", "two"], ["tiers must be", "'two'"]),

@@ -116,7 +116,7 @@ def test_eviction_equals_dense_masked(kind, batch):
     assert_replay_equal(model, ids, mask, out, recorder)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"map"}))
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3_hybrid"])
 def test_quantised_equals_dequantised_oracle(kind, policy):
     model = tiny(kind)

@@ -91,6 +91,15 @@ def test_refuses_an_empty_cache():
         ReplayedDecoder(model, SmartKVCache(model.config))
 
 
+def test_graphs_need_cuda():
+    model = tiny("qwen2", num_hidden_layers=1)
+    cache = SmartKVCache(model.config)
+    with torch.no_grad(), smartkv_ext.patch(model):
+        model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"cache must be on a CUDA device: .* got cpu"):
+            ReplayedDecoder(model, cache)
+
+
 def test_compiled_steps_are_not_compiled_anew():
     """The second step of a compiled model generalises, if anything; the ones behind it run what is there."""
     model = tiny("qwen2", num_hidden_layers=2)

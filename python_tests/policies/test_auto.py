@@ -27,7 +27,7 @@ def shipped(monkeypatch, tmp_path):
 
 def filled(model, policy):
     ids, _ = prompts(1, 300)
-    cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32)
+    cache = SmartKVCache(model.config, budget=0.5, policy=policy, window=32)
     with torch.no_grad(), patch(model):
         model(ids[:, :280], past_key_values=cache)
         for i in range(280, 300):
@@ -36,6 +36,7 @@ def filled(model, policy):
 
 
 def assert_same_records(a, b):
+    assert sum(int(layer.store.cache_seqlens.sum()) for layer in a.layers) > 0
     for mine, theirs in zip(a.layers, b.layers, strict=True):
         assert torch.equal(mine.store.positions(), theirs.store.positions())
         assert torch.equal(mine.store.scores(), theirs.store.scores())
@@ -75,3 +76,28 @@ def test_a_saved_cache_keeps_its_gates(shipped, tmp_path):
     again = SmartKVCache.load(tmp_path / "cache.safetensors", shipped.config)
     assert again.report() == cache.report() and again.smartkv_config == cache.smartkv_config
     assert again.smartkv_config.policy.scores_keys and get_policy("auto") != again.smartkv_config.policy
+
+
+def test_own_gates_are_mixed_as_the_default_mixes(shipped, tmp_path_factory):
+    """In place of the package's, with the same reserve; a saved cache names them."""
+    tmp_path = tmp_path_factory.mktemp("outside")  # of the package
+    own = random_gates(ModelFacts.from_config(shipped.config), seed=7, sketch=sketch_of(shipped))
+    own.save_pretrained(tmp_path / "own")
+    cache = filled(shipped, {"name": "auto", "gates": str(tmp_path / "own")})
+    assert cache.report().policy == "auto: union(gate, 0.2 keydiff)"
+    gate = {"name": "gate", "gates": str(tmp_path / "own")}
+    assert_same_records(cache, filled(shipped, {"name": "union", "parts": [gate, "keydiff"], "weights": [1, 0.2]}))
+    assert not torch.equal(cache.layers[-1].store.scores(), filled(shipped, "auto").layers[-1].store.scores())
+    cache.save(tmp_path / "cache.safetensors")
+    again = SmartKVCache.load(tmp_path / "cache.safetensors", shipped.config)
+    assert again.report() == cache.report() and again.smartkv_config.policy.gates == str(tmp_path / "own")
+
+
+def test_own_gates_that_do_not_fit_are_refused(shipped, tmp_path):
+    policy = {"name": "auto", "gates": str(tmp_path / "tiny")}
+    with pytest.raises(ValueError, match="does not exist"):
+        SmartKVCache(shipped.config, policy=policy | {"gates": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match="belong to another model: this one has"):
+        SmartKVCache(tiny("llama", num_key_value_heads=4).config, policy=policy)
+    with pytest.raises(ValueError, match="belong to another model of the same shape"):
+        filled(tiny("qwen2", seed=5), policy)

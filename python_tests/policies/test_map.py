@@ -83,7 +83,7 @@ def test_heads_compete_only_where_they_can():
         ({"policy": "snapkv", "heads": "0-99999999999"}, "rule 1: heads must be below"),
         ({"policy": "snapkv", "share": -1}, "rule 1: share must be a number of at least 0; got -1"),
         ({"policy": "full"}, "may hold policies that evict, and no map; got 'full'"),
-        ({"policy": {"name": "map"}}, "may hold policies that evict, and no map; got 'map'"),
+        ({"policy": {"name": "map", "default": "knorm"}}, "may hold policies that evict, and no map; got 'map'"),
         ("snapkv", "rule 1 must be a mapping; got 'snapkv'"),
     ],
 )

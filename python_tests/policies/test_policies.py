@@ -1,6 +1,7 @@
 """Every policy against an independent dense computation, with padding that holds NaN."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,14 @@ from policies.views import attention, make_records, make_view, valid
 
 from smartkv_ext.policies import POLICIES, Policy, get_policy
 
+NEEDED = {"map": {"default": "keydiff"}}  # options without which a policy is refused
+
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_shape_dtype_and_no_contamination(name):
     """Tokens that are not there, NaN and all, change nothing for those that are."""
     view = make_view()
-    policy = get_policy(name)
+    policy = get_policy(name, **NEEDED.get(name, {}))
     scores = policy.score(view)
     assert scores.shape == view.keys.shape[:3] and scores.dtype == torch.float32
     assert not scores[valid(view)].isnan().any() and (scores[valid(view)] > -torch.inf).all()
@@ -118,13 +121,36 @@ def test_registry():
         get_policy("magic")
     with pytest.raises(TypeError, match="policy must be a name or a Policy; got int"):
         get_policy(3)
-    with pytest.raises(TypeError):
-        get_policy("knorm", bananas=1)
+    with pytest.raises(ValueError, match='policy "map" must say what it maps: name its file'):
+        get_policy("map")
     with pytest.raises(ValueError, match="a policy must be a name or"):
         get_policy({"policy": "knorm"})
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "knorm", "bananas": 1}, "policy 'knorm' has no option 'bananas'; its options: none"),
+        (
+            {"name": "snapkv", "kernel": 5},
+            "policy 'snapkv' has no option 'kernel'; its options: kernel_size: int, decay: number",
+        ),
+        (
+            {"name": "gate", "recency": "1"},
+            "option 'recency' of policy 'gate' must be number; got '1' (str); its options: gates: str or Gates or None",
+        ),
+        ({"name": "streaming_llm", "recent": True}, "'recent' of policy 'streaming_llm' must be int or None; got True"),
+        ({"name": "union", "parts": 3}, "option 'parts' of policy 'union' must be list; got 3 (int)"),
+        ({"name": "adakv", "base": {"name": "snapkv", "decay": None}}, "option 'decay' of policy 'snapkv' must be"),
+        ({"name": "auto", "gates": 1}, "option 'gates' of policy 'auto' must be str or bool or None; got 1 (int)"),
+    ],
+)
+def test_options_are_refused_by_name(spec, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        get_policy(spec)
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_specification_is_plain_json_and_gives_the_same_policy(name):
-    policy = get_policy(name)
+    policy = get_policy(name, **NEEDED.get(name, {}))
     assert get_policy(json.loads(json.dumps(policy.spec()))) == policy

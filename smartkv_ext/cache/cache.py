@@ -28,13 +28,13 @@ class SmartKVCache(Cache):
     Args:
         config: the model's config (``model.config``).
         budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the tokens
-            seen so far, bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every token gets the
-            highest tier.
+            seen so far (0.125 or "1/8"), bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every
+            token gets the highest tier.
         policy: which tokens matter: a policy (``smartkv_ext.policies``), its name, or a JSON or YAML file that says
             more. "auto" takes gates where some for the model come with the package; ``report()`` says what it took.
         tiers: bit widths that packed tokens may have, of 2, 3, 4, 8 and 16; 16 is the model's own dtype.
         sinks: first tokens of each sequence, never packed.
-        window: newest tokens, never packed. It shrinks where it would take more than half of the budget.
+        window: newest tokens, never packed. It shrinks where it would take more than a quarter of the budget.
         scope: "head": every KV head decides for itself; "layer": a token lives or dies in all heads of a layer;
             "global": in all layers.
         levels: "gaussian" (Lloyd-Max codebook) or "uniform" reconstruction levels at 2, 3 and 4 bits.

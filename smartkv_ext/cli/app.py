@@ -21,7 +21,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help='"smollm2" (embedded), a model folder, or a hub id.')]
 Budget = Annotated[
-    str, typer.Option(help='What the cache may hold: a fraction of the full bf16 cache, "64MB", "4bits", or "none".')
+    str,
+    typer.Option(help='What the cache may hold: a share of the full bf16 cache (1/8), "64MB", "4bits", or "none".'),
 ]
 PolicyName = Annotated[
     str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`; or a JSON or YAML file.")

@@ -41,6 +41,7 @@ def answer_table(small: Answer, full: Answer | None, dtype: str) -> Table:
     other = [percent(whole["total_bytes"] / whole["full_bytes"]), percent(1)] if whole else []
     table.add_row("share of full bf16", percent(report["ratio"]), *other)
     table.add_section()
+    table.add_row("policy", report["policy"])
     for tier, count in report["tokens_per_tier"].items():
         if count:
             table.add_row(NAMES.get(tier, f"tokens at {tier} bits"), f"{count:,.1f}")

@@ -60,7 +60,7 @@ class ReplayedDecoder:
         record: default: CUDA graphs.
 
     Raises:
-        ValueError: the cache is empty.
+        ValueError: the cache is empty, or not on a CUDA device and nothing else is given to record.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class ReplayedDecoder:
         if seen == 0:
             raise ValueError("cache must hold the prompt: call the model with it first")
         batch, device = cache.layers[0].batch_size, cache.layers[0].device
+        if record is None and device.type != "cuda":
+            raise ValueError(f"cache must be on a CUDA device: steps are replayed as CUDA graphs; got {device}")
         self._model, self._cache = model, cache
         self._record = CudaGraphRecorder() if record is None else record
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)

@@ -50,7 +50,7 @@ def quantize_kv(
 def dequantize_kv(
     pages: Tensor, k_mean: Tensor, head_dim: int, bits: int, levels: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Decode whole pages of one tier; slots that were never written come out as the mean key and zero.
+    """Decode whole pages of one tier; slots never written: the mean key (16 bits: zero) and a zero value.
 
     Args:
         pages: (batch, num_kv_heads, num_pages, page_bytes) uint8, as quantize_kv returns or gathered from a pool.

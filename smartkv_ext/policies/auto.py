@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -27,18 +28,23 @@ class Auto(Delegating):
     of the same shape gets what a model without gates gets. ``title`` names the choice, a saved cache keeps it.
 
     Args:
-        gates: the choice; None: not made yet.
+        gates: a folder or a hub id: these gates with the reserve for keydiff, or an error where they do not fit the
+            model; True: those of the package; False: none; None: not chosen yet.
     """
 
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = "gate and keydiff where the package has gates for the model, else union"
     source: ClassVar[str] = "docs/design/quality.md"
     compares_heads: ClassVar[bool] = True
-    gates: bool | None = None
+    gates: str | bool | None = None
     _chosen: Policy = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._take(get_policy(WITH_GATES if self.gates else WITHOUT_GATES))
+        if isinstance(self.gates, str):
+            gate = {"name": "gate", "gates": self.gates}
+            self._take(get_policy(WITH_GATES | {"parts": [gate, "keydiff"]}))
+        else:
+            self._take(get_policy(WITH_GATES if self.gates else WITHOUT_GATES))
 
     def _take(self, chosen: Policy) -> None:
         object.__setattr__(self, "_chosen", chosen)
@@ -49,8 +55,10 @@ class Auto(Delegating):
         return self._chosen
 
     def for_model(self, config: Any) -> Auto:
-        has_gates = find_shipped_gates(ModelFacts.from_config(config)) is not None
-        made = replace(self, gates=has_gates if self.gates is None else self.gates)
+        gates = self.gates
+        if gates is None:
+            gates = find_shipped_gates(ModelFacts.from_config(config)) is not None
+        made = copy.copy(self) if isinstance(gates, str) else replace(self, gates=gates)  # replace() reads files again
         made._take(made._chosen.for_model(config))
         return made
 
@@ -58,6 +66,8 @@ class Auto(Delegating):
         try:
             self._chosen.check_keys(sketch)
         except ValueError:  # the gates' model has the same shape and other keys
+            if isinstance(self.gates, str):  # asked for by name
+                raise
             object.__setattr__(self, "gates", False)
             self._take(get_policy(WITHOUT_GATES))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Policy
+from .options import check_options
 
 POLICIES: dict[str, type[Policy]] = {}
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -19,8 +20,9 @@ def get_policy(policy: str | Policy | Mapping[str, Any], **options: Any) -> Poli
     A name that ends in .json, .yaml or .yml is a file: a specification, or a policy map (see ``PolicyMap``).
 
     Raises:
-        ValueError: unknown name, or a file that is missing, damaged or says something that no policy understands.
-        TypeError: anything else, or an option that the policy does not have.
+        ValueError: unknown name, a map that says nothing, or a file that is missing, damaged or says something that no
+            policy understands.
+        TypeError: anything else, or an option that the policy does not have or that has another type.
     """
     if isinstance(policy, Policy):
         return policy
@@ -35,7 +37,18 @@ def get_policy(policy: str | Policy | Mapping[str, Any], **options: Any) -> Poli
         return _build(_read(Path(policy)), policy, options)
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(sorted(POLICIES))}, or a JSON or YAML file; got {policy!r}")
-    return POLICIES[policy](**options)
+    if policy == "map" and not options:
+        raise ValueError(
+            'policy "map" must say what it maps: name its file (--policy FILE.json or FILE.yaml), or give default, '
+            "rules or shares"
+        )
+    return _made(POLICIES[policy], options)
+
+
+def _made(kind: type[Policy], options: dict[str, Any]) -> Policy:
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    check_options(kind, options)
+    return kind(**options)
 
 
 def _read(path: Path) -> Any:
@@ -66,6 +79,6 @@ def _build(content: Any, path: str, options: dict[str, Any]) -> Policy:
             raise ValueError(
                 f"must have a name, or default, rules, shares and version; got {sorted(map(str, unknown))}"
             )
-        return POLICIES["map"](**content, **options)
+        return _made(POLICIES["map"], {**content, **options})
     except (ValueError, TypeError) as error:
         raise ValueError(f"policy file {path!r}: {error}") from error

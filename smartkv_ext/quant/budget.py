@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_ACCEPTED = 'a fraction in (0, 1] of the full bf16 cache, bytes like "64MB", bits per value like "4bits", or None'
+_ACCEPTED = (
+    'a fraction in (0, 1] of the full bf16 cache like 0.125 or "1/8", bytes like "64MB", bits per value like "4bits", '
+    "or None"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ def parse_budget(budget: float | str | Budget | None) -> Budget:
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise TypeError(f"budget must be {_ACCEPTED}; got {type(budget).__name__}")
     if isinstance(budget, str):
+        ratio = re.fullmatch(r"\s*([0-9]+)\s*/\s*0*([1-9][0-9]*)\s*", budget)
+        if ratio and 0 < int(ratio[1]) <= int(ratio[2]):
+            return Budget(fraction=int(ratio[1]) / int(ratio[2]))
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", budget)
         number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "?")
         if unit in ("bit", "bits"):

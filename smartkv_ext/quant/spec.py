@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,13 @@ class QuantSpec:
 
     @classmethod
     def create(cls, tiers: Sequence[int], levels: str, mean_shift: bool) -> QuantSpec:
-        """Check and sort. Raises ValueError naming the argument."""
+        """Check and sort. Raises ValueError or TypeError naming the argument."""
+        if not isinstance(tiers, Collection) or any(isinstance(t, bool) or not isinstance(t, int) for t in tiers):
+            raise TypeError(f"tiers must be a sequence of bits, of {', '.join(map(str, BITS))}; got {tiers!r}")
         tiers = tuple(sorted(tiers))
         if not tiers or len(set(tiers)) != len(tiers) or any(t not in BITS for t in tiers):
             raise ValueError(f"tiers must be distinct values of {', '.join(map(str, BITS))}; got {list(tiers)}")
-        if levels not in LEVELS:
+        if not isinstance(levels, str) or levels not in LEVELS:
             raise ValueError(f"levels must be one of {', '.join(LEVELS)}; got {levels!r}")
         return cls(tiers, levels, bool(mean_shift))
 
