@@ -10,6 +10,7 @@ from python_tests.eval.tokenizer import WordTokenizer
 from python_tests.hf.tiny import tiny
 from smartkv_ext.eval.methods import get_method
 from smartkv_ext.eval.report import data, write_report
+from smartkv_ext.eval.report.figures import readable_ticks
 from smartkv_ext.eval.report.maps import KeptMap
 from smartkv_ext.eval.runner import Results, Settings, evaluate, read_rows, token_texts
 from smartkv_ext.eval.tasks import TaskOptions, get_documents
@@ -51,15 +52,40 @@ def test_summaries_average_by_method():
         {**base, "kind": "question", "task": "recall", "score": 1.0, "ratio": 0.24, "depth": 5, "length": 99},
     ]
     (found,) = data.summaries(rows)
-    assert found.values["kl"] == pytest.approx(0.2) and found.values["ratio"] == pytest.approx(0.24)
+    assert found.values["kl"] == pytest.approx(0.2)
     assert found.values["perplexity"] == pytest.approx(2.718281828**0.1) and found.values["recall"] == 0.5
     (grid,) = data.needles(rows)
     assert grid.cells == [[0.5]]
 
 
+def test_values_have_the_bytes_of_their_own_rows(tmp_path):
+    """Eight questions at 56 % do not move the point of one text at 52 %."""
+    base = {"format": 1, "model": "m", "dtype": "d", "query_aware": False, "family": "f", "budget": None, "method": "f"}
+    text = {"kind": "text", "task": "text", "top1": 0.9, "full_nll": 2.0, "nll": 2.1, "kl": 0.1, "ratio": 0.52}
+    question = {"kind": "question", "task": "recall", "score": 1.0, "ratio": 0.56, "depth": 5, "length": 99}
+    rows = [{**base, **text}, *[{**base, **question}] * 8]
+    (found,) = data.summaries(rows)
+    assert found.ratios == pytest.approx({"kl": 0.52, "top1": 0.52, "perplexity": 0.52, "recall": 0.56})
+    source, out = tmp_path / "rows.jsonl", tmp_path / "report.html"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report([source], out)
+    table = re.search(r'<table class="results">.*?</table>', out.read_text(), re.S)[0]
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", table)
+    assert cells[1:7] == ["text bytes", "KL", "ppl / full", "top-1", "recall bytes", "recall"]
+    assert cells[-6:] == ["52.0 %", "0.1000", "1.105", "90.0 %", "56.0 %", "100.0 %"]
+
+
+@pytest.mark.parametrize("low, high", [(0.00355, 0.00372), (0.002, 0.03), (1e-6, 3.0), (1e-14, 1.0), (1.0002, 1.0009)])
+def test_ticks_can_be_read(low, high):
+    ticks = readable_ticks(low, high)
+    assert 2 <= len(ticks) <= 9 and all(low <= tick <= high for tick in ticks)
+    labels = {f"{tick:.6g}" for tick in ticks}
+    assert len(labels) == len(ticks) and max(map(len, labels)) <= 7
+
+
 def test_notable_families_are_the_best_ones():
     found = [
-        data.Summary(f"{name}{i}", name, None, {"ratio": ratio, "kl": kl}, {})
+        data.Summary(f"{name}{i}", name, None, {"kl": kl}, {"kl": ratio})
         for i, (name, ratio, kl) in enumerate([("good", 0.1, 0.1), ("bad", 0.1, 0.2), ("bad", 0.2, 0.15)])
     ]
     assert data.notable_families(found) == ["good"]

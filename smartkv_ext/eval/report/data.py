@@ -10,19 +10,27 @@ from pathlib import PurePath
 from typing import Any
 
 Row = dict[str, Any]
-COLUMNS = ("ratio", "kl", "perplexity", "top1", "recall", "documents")
-LOWER_IS_BETTER = ("ratio", "kl", "perplexity")
+TEXT_COLUMNS = ("kl", "perplexity", "top1")
+LOWER_IS_BETTER = ("kl", "perplexity")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Means of one method on one model over everything that was measured with it."""
+    """Means of one method on one model over everything that was measured with it.
+
+    Texts and tasks have documents of other lengths and so other bytes: a value has the bytes of its own rows.
+    """
 
     method: str
     family: str
     budget: str | None
-    values: dict[str, float]  # ratio, kl, perplexity relative to the full cache's, top1, and a score per task
-    counts: dict[str, int]
+    values: dict[str, float]  # kl, perplexity relative to the full cache's, top1, and a score per task
+    ratios: dict[str, float]  # bytes / full bytes of the rows behind each value
+
+    @property
+    def largest_ratio(self) -> float:
+        """What no value has more than."""
+        return max(self.ratios.values())
 
     def get(self, name: str) -> float | None:
         """A value, or None where nothing was measured."""
@@ -52,28 +60,30 @@ def summaries(rows: Iterable[Row]) -> list[Summary]:
     for row in rows:
         if row["kind"] in ("text", "question"):
             groups.setdefault(row["method"], []).append(row)
-    return sorted((_summary(method, found) for method, found in groups.items()), key=lambda s: s.values["ratio"])
+    return sorted((_summary(method, found) for method, found in groups.items()), key=lambda s: s.largest_ratio)
 
 
 def _summary(method: str, rows: list[Row]) -> Summary:
-    columns: dict[str, list[float]] = {"ratio": [row["ratio"] for row in rows]}
+    columns: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
     for row in rows:
         if row["kind"] == "text":
-            for name in ("kl", "top1"):
-                columns.setdefault(name, []).append(row[name])
-            columns.setdefault("perplexity", []).append(row["nll"] - row["full_nll"])
+            found = {"kl": row["kl"], "top1": row["top1"], "perplexity": row["nll"] - row["full_nll"]}
         else:
-            columns.setdefault(row["task"], []).append(row["score"])
-    values = {name: statistics.fmean(found) for name, found in columns.items()}
+            found = {row["task"]: row["score"]}
+        for name, value in found.items():
+            columns.setdefault(name, []).append(value)
+            ratios.setdefault(name, []).append(row["ratio"])
+    values = {name: statistics.fmean(column) for name, column in columns.items()}
     if "perplexity" in values:
         values["perplexity"] = math.exp(values["perplexity"])
-    return Summary(method, rows[0]["family"], rows[0]["budget"], values, {k: len(v) for k, v in columns.items()})
+    means = {name: statistics.fmean(column) for name, column in ratios.items()}
+    return Summary(method, rows[0]["family"], rows[0]["budget"], values, means)
 
 
 def task_names(found: Iterable[Summary]) -> list[str]:
     """Tasks that have scores, in order of appearance."""
-    fixed = {"ratio", "kl", "perplexity", "top1"}
-    return list(dict.fromkeys(name for s in found for name in s.values if name not in fixed))
+    return list(dict.fromkeys(name for s in found for name in s.values if name not in TEXT_COLUMNS))
 
 
 def best(found: list[Summary], name: str) -> float | None:
@@ -91,7 +101,7 @@ def notable_families(found: list[Summary], count: int = 8) -> list[str]:
         measured = [s for s in found if name in s.values and s.method != "full"]
         for s in measured:
             sign = 1 if name in LOWER_IS_BETTER else -1
-            rivals = [o for o in measured if o.values["ratio"] <= s.values["ratio"] * 1.02]
+            rivals = [o for o in measured if o.ratios[name] <= s.ratios[name] * 1.02]
             if sign * s.values[name] <= min(sign * o.values[name] for o in rivals) + 1e-12:
                 wins[s.family] = wins.get(s.family, 0) + 1
     return sorted(wins, key=lambda family: -wins[family])[:count]

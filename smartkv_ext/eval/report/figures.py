@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def readable_ticks(low: float, high: float) -> list[float]:
+    """Ticks of a log axis from low to high, both > 0: 1, 2, 5 times powers of ten, powers alone over a wide range, even
+    steps over a narrow one."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if 3 <= len(ticks) <= 9:
+            return ticks
+    if len(ticks) > 9:
+        return ticks[:: -(-len(ticks) // 9)]
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(tick) for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+
+
 def pareto(found: list[Summary], name: str, families: list[str]) -> str:
     """A column against bytes: notable families in colour, joined over their budgets or bits; the rest in grey."""
     figure = _figure(6.2, 4.6)
@@ -37,7 +53,7 @@ def pareto(found: list[Summary], name: str, families: list[str]) -> str:
     curves: dict[str, list[tuple[float, float]]] = {}
     for s in found:
         if name in s.values and s.method != "full":
-            curves.setdefault(s.family, []).append((s.values["ratio"], s.values[name]))
+            curves.setdefault(s.family, []).append((s.ratios[name], s.values[name]))
     for family, points in curves.items():
         if family not in families:
             axes.plot(*zip(*sorted(points), strict=True), color="#c8c8c8", marker=".", lw=0.8, ms=4, zorder=1)
@@ -54,6 +70,11 @@ def pareto(found: list[Summary], name: str, families: list[str]) -> str:
     axes.set_xticks(ticks, [f"1/{2**i}" if i else "1" for i in range(6)])
     if name in ("kl", "perplexity"):
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        ticks = readable_ticks(low, high)
+        axes.set_yticks(ticks, [f"{tick:.6g}" for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.set_ylim(low, high)
     else:
         axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("true bytes / bytes of the full bf16 cache")

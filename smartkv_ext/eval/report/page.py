@@ -30,6 +30,9 @@ class _Column:
         return f"{100 * value:.1f} %" if self.percent else f"{value:.{self.digits}f}"
 
 
+_BYTES = _Column("bytes", "bytes", 1, percent=True)
+
+
 def write_report(sources: Sequence[Path], out: Path, title: str = "SmartKV: quality at true bytes") -> None:
     """One self-contained HTML file from JSONL files of rows.
 
@@ -69,26 +72,43 @@ def _section(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _table(found: list[data.Summary], tasks: list[str]) -> dict[str, Any]:
     columns = [
-        _Column("ratio", "bytes", 4, percent=True),
         _Column("kl", "KL", 4),
         _Column("perplexity", "ppl / full", 3),
+        _Column("top1", "top-1", 3, percent=True),
     ]
-    columns += [_Column("top1", "top-1", 3, percent=True), *(_Column(t, t, 3, percent=True) for t in tasks)]
+    columns += [_Column(t, t, 3, percent=True) for t in tasks]
     columns = [c for c in columns if any(c.name in s.values for s in found)]
     groups: dict[str, list[data.Summary]] = {}
     for s in found:
-        groups.setdefault(_byte_class(s.values["ratio"]), []).append(s)
+        groups.setdefault(_byte_class(s.largest_ratio), []).append(s)
     out = []
     for label, members in groups.items():
-        tops = {c.name: data.best(members, c.name) for c in columns if c.name != "ratio"}
-        ordered = sorted(members, key=lambda s: s.values.get("kl", s.values["ratio"]))
-        lines = [
-            [(c.show(s.get(c.name)), s.get(c.name) is not None and s.get(c.name) == tops.get(c.name)) for c in columns]
-            for s in ordered
-        ]
+        tops = {c.name: data.best(members, c.name) for c in columns}
+        ordered = sorted(members, key=lambda s: s.values.get("kl", s.largest_ratio))
+        lines = [[cell for c in columns for cell in _cells(c, s, tops[c.name])] for s in ordered]
         names = [(s.method, data.label(s.family if s.budget else s.method)) for s in ordered]
         out.append({"label": label, "lines": list(zip(names, lines, strict=True))})
-    return {"titles": [c.title for c in columns], "groups": out}
+    titles = [title for c in columns for title in ([f"{_source(c)} bytes"] if _has_bytes(c) else []) + [c.title]]
+    return {"titles": titles, "groups": out}
+
+
+def _source(column: _Column) -> str:
+    """What was measured for it: the texts, or a task."""
+    return "text" if column.name in data.TEXT_COLUMNS else column.name
+
+
+def _has_bytes(column: _Column) -> bool:
+    """Whether a column of bytes comes before it: once for the columns of the texts, whose rows are the same."""
+    return column.name not in data.TEXT_COLUMNS[1:]
+
+
+def _cells(column: _Column, summary: data.Summary, top: float | None) -> list[tuple[str, bool]]:
+    """Text, and whether it is the best: the bytes where a column of them comes first, then the value."""
+    value = summary.get(column.name)
+    cells = [(column.show(value), value is not None and value == top)]
+    if _has_bytes(column):
+        cells.insert(0, (_BYTES.show(summary.ratios.get(column.name)), False))
+    return cells
 
 
 def _byte_class(ratio: float) -> str:
