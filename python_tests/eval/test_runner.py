@@ -54,6 +54,11 @@ def test_resume(model, tmp_path):
         file.write('{"format": 1, "cut o')
     assert run(model, options(tmp_path), path, METHODS[:2]) == first
     later = run(model, options(tmp_path), path, METHODS[:3], tasks=["text"])
+    said: list[str] = []
+    documents, results = get_documents(["text"], options(tmp_path)), Results(path)
+    methods = [get_method(spec) for spec in METHODS[:3]]
+    evaluate(model, WordTokenizer(), documents, methods, results, Settings("tiny", "bfloat16"), said.append)
+    assert len(said) == 1 and said[0].endswith("| 3 of 3 methods skipped: rows.jsonl has their rows already (3)")
     assert later[:-1] == first and later[-1]["method"] == get_method(METHODS[2]).spec
     assert "cut o" not in path.read_text()
     path.write_text("no json\n{}\n")
@@ -135,8 +140,10 @@ def test_bad_specs():
     for spec, words in [("nothing", "begin with one of"), ("kivi bits", "name=value"), ("", "begin with")]:
         with pytest.raises(ValueError, match=words):
             get_method(spec)
-    with pytest.raises(ValueError, match="no option colour"):
-        get_method("full colour=red")._new_cache(tiny("llama").config)
+    with pytest.raises(ValueError, match="no option colour; it has none"):
+        get_method("full colour=red")
+    with pytest.raises(ValueError, match="no option bit; it has bits, group, residual, sinks, v_bits"):
+        get_method("kivi bit=4")
     assert get_method("smartkv  policy=h2o budget=.5").spec == get_method("smartkv budget=.5 policy=h2o").spec
     assert json.loads(json.dumps(get_method("full").spec)) == "full"
 

@@ -28,6 +28,14 @@ from .simulated import SimulatedCache, per_channel, per_token
 
 _KINDS = ("full", "smartkv", "uniform", "quanto", "hqq", "kivi", "tokenwise", "kvpress")
 _WITH_BUDGET = ("smartkv", "kvpress")
+_SIMULATED = ("bits", "group", "residual", "sinks", "v_bits")
+_OPTIONS = {  # of the kinds whose options are not another library's or the cache's own to check
+    "full": (),
+    "quanto": ("axis", "bits", "group"),
+    "hqq": ("axis", "bits", "group"),
+    "kivi": _SIMULATED,
+    "tokenwise": _SIMULATED,
+}
 _RECENT = 128  # tokens that QuantizedCache and KIVI leave exact
 
 
@@ -95,8 +103,6 @@ class Method:
             keys = per_channel(bits, group) if self.kind == "kivi" else per_token(bits, group)
             values = per_token(int(given.pop("v_bits", bits)), group)
             cache = SimulatedCache(config, keys, values, residual, group, sinks)
-        if given:
-            raise ValueError(f"method {self.kind!r} has no option {', '.join(sorted(given))}")
         return cache
 
 
@@ -111,6 +117,10 @@ def get_method(spec: str) -> Method:
         if not found or not value:
             raise ValueError(f"options of a method look like name=value; got {item!r} in {spec!r}")
         options[name] = value
+    unknown = sorted(set(options) - set(_OPTIONS.get(kind, options)))
+    if unknown:
+        has = f"it has {', '.join(_OPTIONS[kind])}" if _OPTIONS[kind] else "it has none"
+        raise ValueError(f"method {kind!r} has no option {', '.join(unknown)}; {has}")
     return Method(kind, options)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.done = {self.key(row) for row in read_rows(path)}
+        self.done = Counter(self.key(row) for row in read_rows(path))  # rows of each measurement
         self._cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
 
     @staticmethod
@@ -121,7 +122,12 @@ def evaluate(
         decoder = Decoder(model, tokenizer)
         for document in documents:
             shared = settings.facts() | {"task": document.task, "document": document.name}
-            missing = [m for m in methods if Results.key({**shared, "method": m.spec}) not in results.done]
+            there = [results.done[Results.key({**shared, "method": m.spec})] for m in methods]
+            missing = [m for m, rows in zip(methods, there, strict=True) if not rows]
+            if len(missing) < len(methods):
+                skipped = f"{len(methods) - len(missing)} of {len(methods)} methods skipped"
+                known = f"{results.path.name} has their rows already ({sum(there)})"
+                say(f"{document.task} {document.name} | {skipped}: {known}")
             if not missing:
                 continue
             bench = _Bench(decoder, document, settings)
