@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+FLOOR = "floor: reading and writing the op's bytes once, at the fastest read measured here"
 
 
 def show(
@@ -46,15 +49,15 @@ def draw(title: str, rows: list[dict[str, Any]], path: Path) -> None:
         ) from None
     label = next(iter(rows[0]))
     timed = [row for row in rows if "us" in row]
-    figure = Figure(figsize=(9, 1.2 + 0.35 * len(timed)), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.35 * len(timed)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(range(len(timed)), [row["us"] for row in timed], color="tab:blue", label="measured")
     axes.set_yticks(range(len(timed)), [row[label] for row in timed])
     floors = [(i, row["floor_us"]) for i, row in enumerate(timed) if "floor_us" in row]
-    axes.plot([us for _, us in floors], [i for i, _ in floors], "|", color="black", ms=16, mew=2, label="floor")
+    axes.plot([us for _, us in floors], [i for i, _ in floors], "|", color="black", ms=16, mew=2, label=FLOOR)
     axes.set_xscale("log")
     axes.set_xlabel("us per call")
-    axes.set_title(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 100), fontsize="medium")  # of the figure: an axes' title may leave it
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     figure.savefig(path)
