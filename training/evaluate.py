@@ -148,7 +148,10 @@ def recipe_of(gates: Gates) -> Recipe:
 
 
 def evaluate_gates(folder: Path, data: Path, out: Path, split: str = "valid", **changes: Any) -> dict[str, Any]:
-    """Measure gates in a folder on shards, write tables and plots to ``out``, and the calibration into the gates."""
+    """Measure gates in a folder on shards, write tables and plots to ``out``, and the calibration into the gates.
+
+    Another split than valid is measured alone. Raises ValueError for shards of another model.
+    """
     gates = Gates.from_pretrained(folder)
     recipe = replace(recipe_of(gates), **changes)
     names = {recipe.target, f"future_max_{recipe.horizon}", "value_norm"}
@@ -168,10 +171,11 @@ def evaluate_gates(folder: Path, data: Path, out: Path, split: str = "valid", **
     result = {"gates": str(folder), "horizon": recipe.horizon, "threshold": recipe.threshold, **summary(rows)}
     (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     draw_all(found, rows, gates, folder / "loss.csv", out)
-    gates.calibration = found.calibration.float().unflatten(0, (gates.model.num_layers, gates.model.num_kv_heads))
-    gates.quantiles = found.quantiles
-    gates.info["calibrated"] = {"horizon": recipe.horizon, "threshold": recipe.threshold}
-    gates.save_pretrained(folder)
+    if split == "valid":  # training has seen the others: scores on them promise too much
+        gates.calibration = found.calibration.float().unflatten(0, (gates.model.num_layers, gates.model.num_kv_heads))
+        gates.quantiles = found.quantiles
+        gates.info["calibrated"] = {"horizon": recipe.horizon, "threshold": recipe.threshold}
+        gates.save_pretrained(folder)
     return result | {"rows": rows}
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from .targets import TARGETS
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -54,6 +56,7 @@ class Recipe:
                 raise ValueError(f"{f.name} must be {f.type}; got {value!r}")
         for name, accepted in (
             ("kind", ("compact", "regression", "binary")), ("inputs", ("key", "key_value")), ("loss", ("mse", "huber")),
+            ("target", TARGETS),
         ):  # fmt: skip
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {getattr(self, name)!r}")
@@ -63,6 +66,12 @@ class Recipe:
         for name in ("valid_share", "keep"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1]; got {getattr(self, name)}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie in (0, 1); got {self.threshold}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0; got {self.learning_rate}")
+        if self.kind == "binary" and not self.target.startswith("future_max"):
+            raise ValueError(f"target of binary gates must be a future_max; got {self.target!r}")
         if not self.sources or min(self.sources.values()) <= 0:
             raise ValueError(f"sources must name at least one text with a weight above 0; got {dict(self.sources)}")
 

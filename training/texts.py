@@ -64,7 +64,7 @@ class Source:
     def read(cls, name: str, split: str, valid_share: float) -> Source:
         """Raises ValueError for a source that is missing, empty, or too small to be split."""
         found = _standard_library() if name == "stdlib" else _files(Path(name))
-        # By hash, so that a document stays in its split whatever is added; at least one is validated on.
+        # By hash, not by name: what is added moves few documents, but may move some. At least one is validated on.
         found.sort(key=lambda item: hashlib.sha256(f"{item[0]}\0{len(item[1])}".encode()).digest())
         valid = max(round(valid_share * len(found)), 1)
         if len(found) <= valid:

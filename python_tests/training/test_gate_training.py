@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,23 @@ def test_targets_equal_dense_attention(monkeypatch):
         torch.testing.assert_close(found[name].float(), x.log().clamp(min=targets.LOG_FLOOR), rtol=2e-3, atol=2e-3)
     last = torch.where(p[:, :, :length].amax(1) > targets.SIGNIFICANT, distance, 0).amax(1)
     torch.testing.assert_close(4 ** found["lifespan"].float() - 1, last.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_value_norms_are_those_of_the_output_projection():
+    torch.manual_seed(0)
+    kv_heads, group, head_dim, hidden, n = 2, 3, 8, 20, 11
+    projection = torch.nn.Linear(kv_heads * group * head_dim, hidden, bias=False)
+    q, v = torch.randn(1, kv_heads * group, n, head_dim), torch.randn(1, kv_heads, n, head_dim)
+    residual = torch.randn(1, n, hidden)
+    call = SimpleNamespace(module=SimpleNamespace(o_proj=projection), q=q, v=v, residual=residual)
+    for kv_head, found in enumerate(targets.value_norms(call, n - 2)):
+        squares = []
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            alone = torch.zeros(n, kv_heads * group * head_dim)
+            alone[:, head * head_dim : (head + 1) * head_dim] = v[0, kv_head]
+            squares.append(projection(alone).square().sum(-1))
+        want = (torch.stack(squares).mean(0).sqrt() / residual[0].norm(dim=-1)).log()[: n - 2]
+        torch.testing.assert_close(found.float(), want, rtol=2e-3, atol=2e-3)
 
 
 def test_a_document_belongs_to_one_split(recipe, tmp_path):
@@ -258,6 +276,14 @@ def test_what_gates_cannot_be_evaluated_on(recipe, shards, tmp_path):
         evaluate_gates(tmp_path / "bare", shards, tmp_path / "e")
 
 
+def test_only_held_out_text_calibrates(recipe, shards, tmp_path):
+    train_gates(replace(recipe, epochs=1), shards, tmp_path / "gates", quiet=True)
+    evaluate_gates(tmp_path / "gates", shards, tmp_path / "train", "train")
+    assert Gates.from_pretrained(tmp_path / "gates").calibration is None
+    evaluate_gates(tmp_path / "gates", shards, tmp_path / "valid")
+    assert Gates.from_pretrained(tmp_path / "gates").calibration is not None
+
+
 def test_gates_of_keys_and_values(recipe, shards, tmp_path):
     chosen = replace(recipe, inputs="key_value", weighted=True, loss="huber", epochs=1)
     made = train_gates(chosen, shards, tmp_path / "gates", quiet=True)
@@ -301,6 +327,10 @@ def test_recipes_say_what_is_wrong(tmp_path):
         ("epochs: 0", "epochs must be at least 1; got 0"),
         ("epochs: many", "epochs must be int; got 'many'"),
         ("learning_rate: fast", "learning_rate must be float; got 'fast'"),
+        ("learning_rate: 0", "learning_rate must be above 0; got 0"),
+        ("threshold: 0", r"threshold must lie in \(0, 1\); got 0"),
+        ("target: recon_summ", "target must be one of recon_max, .*; got 'recon_summ'"),
+        ("kind: binary", "target of binary gates must be a future_max; got 'recon_max'"),
     ):
         path = tmp_path / "r.yaml"
         path.write_text(text)
