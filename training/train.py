@@ -9,6 +9,7 @@ its checkpoint; loss.csv has the log.
 from __future__ import annotations
 
 import csv
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -169,7 +170,10 @@ class Trainer:
         partial.replace(self.folder / CHECKPOINT)
 
     def _settings(self) -> dict[str, Any]:
-        return asdict(self.recipe) | {"tokens seen": self.inputs.shape[1]}
+        targets = hashlib.sha256()
+        for x in (self.target, self.valid_target):
+            targets.update(x.cpu().numpy().tobytes())
+        return asdict(self.recipe) | {"tokens seen": self.inputs.shape[1], "targets": targets.hexdigest()}
 
     def _resume(self) -> None:
         """Go on from a checkpoint of the same recipe and data; any other is left behind."""
@@ -209,8 +213,12 @@ def nn_bce(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    """Raises ValueError for a file that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: delete it and train again ({error})") from error
 
 
 def _select(tokens: TokenSet, recipe: Recipe, device: str) -> tuple[torch.Tensor, torch.Tensor]:

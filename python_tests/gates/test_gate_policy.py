@@ -171,6 +171,7 @@ def test_options_that_cannot_be():
         ({"threshold": 0.0, "retention": 0.5}, "give one of threshold, probability and retention"),
         ({"retention": 0.5}, "no quantiles"),
         ({"probability": 0.5}, "no calibration"),
+        ({"threshold": float("nan")}, "threshold must be a number; got nan"),
         ({"recency": -1.0}, "recency must be a number of at least 0; got -1.0"),
         ({"gates": "/nowhere"}, "does not exist"),
     ):
@@ -191,6 +192,8 @@ def test_hybrid_splits_the_layers():
     assert [policy.layer_share(i, 4, 2) for i in range(4)] == [0, 0, 4, 0]
     with pytest.raises(ValueError, match="some layer of 4 must follow its gates"):
         get_policy("gate_hybrid", local_layers=4).check(4, 2)
+    with pytest.raises(ValueError, match=r"gate_layers must be layers from 0 to 3; got \[-1, 9\]"):
+        get_policy("gate_hybrid", gate_layers=[2, 9, -1]).check(4, 2)
 
 
 def test_gates_inside_other_policies(tmp_path):

@@ -61,6 +61,10 @@ def test_thresholds_that_cannot_be():
     calibration = torch.stack([torch.full((4, 2), 2.0), torch.arange(8.0).view(4, 2)], -1)
     calibrated = random_gates(calibration=calibration)
     assert torch.allclose(calibrated.probability_score(0.1)[1], (-2.1972 - torch.tensor([2.0, 3.0])) / 2, atol=1e-3)
+    with pytest.raises(ValueError, match="quantiles must not fall"):
+        random_gates(quantiles=torch.linspace(0, -10, 257))
+    with pytest.raises(ValueError, match="decay must be at least 0"):
+        random_gates(decay=-torch.ones(4, 2))
     with pytest.raises(ValueError, match="slopes above 0"):
         random_gates(calibration=-calibration)
 

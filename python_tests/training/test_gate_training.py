@@ -231,6 +231,19 @@ def test_gates_learn_what_a_key_says_and_a_stopped_run_goes_on(recipe, shards, t
         assert [int(row["epoch"]) for row in csv.DictReader(file)] == list(range(1, whole.epoch + 1))
 
 
+def test_a_checkpoint_of_other_data_is_left_behind(recipe, shards, tmp_path):
+    chosen, sets = replace(recipe, epochs=1), learnable(recipe, shards)
+    Trainer(chosen, *sets, tmp_path).fit(quiet=True)
+    sets[0].targets["recon_sum"] = -sets[0].targets["recon_sum"]
+    other = Trainer(chosen, *sets, tmp_path)
+    other._resume()
+    assert other.epoch == 0
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"checkpoint .* is damaged: delete it and train again"):
+        other.fit(quiet=True)
+
+
 def test_probabilities_are_calibrated():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(20_000, generator=generator)

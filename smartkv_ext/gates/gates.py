@@ -103,6 +103,10 @@ class Gates:
             raise ValueError(
                 f"layer_shares must be at least 0 and average 1; got {shares.min():.3g} to {shares.max():.3g}"
             )
+        if self.quantiles is not None and bool((self.quantiles.diff() < 0).any()):
+            raise ValueError("quantiles must not fall")
+        if self.decay is not None and bool((self.decay < 0).any()):
+            raise ValueError("decay must be at least 0: no head prefers old tokens for their age")
         if self.calibration is not None and not bool((self.calibration[..., 0] > 0).all()):
             raise ValueError("calibration must have slopes above 0")
 

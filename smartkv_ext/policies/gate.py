@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -51,6 +52,8 @@ class Gate(Policy):
         given = [name for name in ("threshold", "probability", "retention") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of threshold, probability and retention; got {' and '.join(given)}")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise ValueError("threshold must be a number; got nan")
         if not 0 <= self.recency < float("inf"):
             raise ValueError(f"recency must be a number of at least 0; got {self.recency}")
         if self.gates is not None:
@@ -167,6 +170,9 @@ class GateHybrid(Gate):
     def check(self, num_layers: int, num_kv_heads: int) -> None:
         if not any(self._follows(i) for i in range(num_layers)):
             raise ValueError(f"some layer of {num_layers} must follow its gates; got none")
+        unknown = sorted(set(self.gate_layers or ()) - set(range(num_layers)))
+        if unknown:
+            raise ValueError(f"gate_layers must be layers from 0 to {num_layers - 1}; got {unknown}")
 
     def score(self, view: TokenView) -> torch.Tensor:
         if self._follows(view.layer_idx):
