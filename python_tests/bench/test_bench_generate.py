@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ import bench.generate_task
 from bench.caches import DEFAULT, label, make_cache
 from bench.generate import summarise
 from bench.generate_task import Task
+from smartkv_ext import ReplayedDecoder
 
 FIELDS = {
     "prefill_tokens_per_s", "decode_tokens_per_s", "median_ms", "attention_ms", "decoded", "nll", "prefill_peak_bytes",
@@ -65,7 +67,8 @@ def test_measure(tiny, kind):
 
 
 def test_replayed_steps(tiny, monkeypatch):
-    monkeypatch.setattr("smartkv_ext.hf.replay.CudaGraphRecorder", Recorder)
+    taped = partial(ReplayedDecoder, record=Recorder())
+    monkeypatch.setattr(bench.generate_task, "ReplayedDecoder", taped)
     plain, replayed = (task(kind).speed() for kind in ("smartkv:0.9", "smartkv-graph:0.9"))
     assert replayed["nll"] == pytest.approx(plain["nll"], rel=1e-6)
 
