@@ -23,7 +23,7 @@ from bench.rivals import attention_rivals, attention_ways
 from bench.session import Session, Times, rival_rows, table_row
 from bench.timing import Work
 from smartkv_ext import ops
-from smartkv_ext.reference.layout import BITS
+from smartkv_ext.reference.layout import TIERS
 
 
 def attention_calls(session: Session, cache: Packed, q: torch.Tensor, window_len: int = 0, **keywords: Any) -> Work:
@@ -95,7 +95,7 @@ class Measured:
 
     def rows(self) -> list[dict[str, Any]]:
         """For the table."""
-        names = {"packed": "", "mass": ", with mass", "ragged": ", ragged", "mix": ", ragged, 5 tiers"}
+        names = {"packed": "", "mass": ", with mass", "ragged": ", ragged", "mix": f", ragged, {len(TIERS)} tiers"}
         rows = [
             table_row(f"{self.bits}-bit{names[name]}", self.times.figures(name, self.num_bytes[name]))
             for name in self.times.works
@@ -121,7 +121,7 @@ def measure(
         works["mass"] = attention_calls(session, cache, q, return_mass=True, **keywords)
     if extras["mix"]:
         batch, kv_heads, _, head_dim = tokens.k.shape
-        for name, tiers in (("ragged", (bits,)), ("mix", BITS)):
+        for name, tiers in (("ragged", (bits,)), ("mix", TIERS)):
             mixed = mixed_cache(cache.num_bytes, batch, kv_heads, head_dim, tiers, session.device)
             works[name] = attention_calls(session, mixed, q, **keywords)
     times = session.times(works, rivals)

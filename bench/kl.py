@@ -17,8 +17,9 @@ import smartkv_ext
 from bench.models import load, text_ids
 from bench.output import show
 from smartkv_ext import SmartKVCache
+from smartkv_ext.reference.layout import TIERS, tier_name
 
-ALL_KEPT = ["tiers=16", "tiers=8", "tiers=4", "tiers=3", "tiers=2", "tiers=4 levels=uniform mean_shift=0"]
+ALL_KEPT = [f"tiers={tier_name(tier)}" for tier in reversed(TIERS)] + ["tiers=4 levels=uniform mean_shift=0"]
 BUDGETS = [f"budget={b} policy={p}" for b in (0.25, 0.125) for p in ("keydiff", "snapkv", "streaming_llm", "random")]
 
 
@@ -29,7 +30,7 @@ def parse(setting: str) -> dict[str, Any]:
         name, value = item.split("=")
         arguments[name] = value
     if "tiers" in arguments:
-        arguments["tiers"] = tuple(int(bits) for bits in arguments["tiers"].split(","))
+        arguments["tiers"] = tuple(arguments["tiers"].split(","))
     if "mean_shift" in arguments:
         arguments["mean_shift"] = arguments["mean_shift"] == "1"
     for name in ("window", "sinks"):

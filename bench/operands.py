@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from smartkv_ext import ops
-from smartkv_ext.reference.layout import BITS, PAGE_SIZE, page_layout
+from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, page_layout
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def ragged_page_counts(num_bytes: int, heads: int, page_bytes: Sequence[int]) ->
 
 
 def mixed_cache(
-    num_bytes: int, batch: int, kv_heads: int, head_dim: int, tier_bits: Sequence[int] = BITS,
+    num_bytes: int, batch: int, kv_heads: int, head_dim: int, tier_bits: Sequence[int] = TIERS,
     device: torch.device = CPU,
 ) -> Packed:  # fmt: skip
     """Ragged heads of one or several tiers in ``num_bytes`` of pages (ragged_page_counts), last pages partly filled."""

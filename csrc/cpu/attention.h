@@ -19,7 +19,7 @@ SMARTKV_INLINE int batch_tiles(const DecodeAttentionParams& p) {
 inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const Workspace& w,
                          State state, RowBlock rows, Feed& feed) {
   const DecodeAttentionParams& p = run.p;
-  const bool raw = tiles.tiles[0].bits == 16, is_single = w.v_tile == w.k_tile;
+  const bool raw = tiles.tiles[0].is_raw(), is_single = w.v_tile == w.k_tile;
   Span spans[ROW_BLOCK];
   float bias[ROW_BLOCK];
   for (int i = 0; i < rows.count; ++i) {
@@ -30,11 +30,11 @@ inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const 
                     bias,        rows.count,  p.cache.head_dim,
                     w.scores,    w.weights,   state_row(state, rows.begin, p.cache.head_dim)};
   if (is_single) feed.begin(p.out == nullptr ? tiles.count : 2 * tiles.count);
-  const auto lines = [&](const Tile& tile) {
-    return is_single ? lines_for(feed, tile, batch.head_dim) : no_lines(tile.positions);
+  const auto lines = [&](const Tile& tile, int bits) {
+    return is_single ? lines_for(feed, tile, bits, batch.head_dim) : no_lines(tile.positions);
   };
   for (int t = 0; t < tiles.count; ++t) {
-    const Lines fetch = lines(tiles.tiles[t]);
+    const Lines fetch = lines(tiles.tiles[t], tiles.tiles[t].k_bits);
     if (is_single) load_k(run, tiles.tiles[t], w, fetch);
     // Of several blocks some may see nothing of their only tile.
     if (!multiply_queries(run, tiles.tiles[t], w, rows, fetch, batch.scores_at(t, 0))) return;
@@ -45,7 +45,7 @@ inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const 
                 : softmax_batch<0>(batch);
   if (p.out == nullptr) return;
   for (int t = 0; t < tiles.count; ++t) {
-    const Lines fetch = lines(tiles.tiles[t]);
+    const Lines fetch = lines(tiles.tiles[t], tiles.tiles[t].v_bits);
     if (is_single) load_v(run, tiles.tiles[t], w, fetch);
     multiply_weights(run, tiles.tiles[t], w, batch, t, fetch);
   }
@@ -71,8 +71,9 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
     if (w.v_tile != w.k_tile) {  // several blocks share one decoded tile
       const Tile& tile = tiles.tiles[0];
       feed.begin(p.out == nullptr ? 1 : 2);
-      load_k(run, tile, w, lines_for(feed, tile, p.cache.head_dim));
-      if (p.out != nullptr) load_v(run, tile, w, lines_for(feed, tile, p.cache.head_dim));
+      const auto lines = [&](int bits) { return lines_for(feed, tile, bits, p.cache.head_dim); };
+      load_k(run, tile, w, lines(tile.k_bits));
+      if (p.out != nullptr) load_v(run, tile, w, lines(tile.v_bits));
     }
     for_row_blocks(rows, [&](RowBlock block) { attend_block(run, tiles, w, state, block, feed); });
     tiles.count = 0;
@@ -89,8 +90,8 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
     }
     feed.open(tile.ref.tier);
     const Tile& first = tiles.tiles[0];
-    const bool raw = tile.bits == 16;
-    if (raw != (first.bits == 16) || digits_of(run, tile) != digits_of(run, first)) {
+    const bool raw = tile.is_raw();
+    if (raw != first.is_raw() || digits_of(run, tile) != digits_of(run, first)) {
       const int slot = tiles.count;
       attend();
       tiles.tiles[0] = tiles.tiles[slot];

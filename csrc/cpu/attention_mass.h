@@ -13,7 +13,7 @@ inline void add_mass_block(const AttentionRun& run, int64_t head, const Tile& ti
     const int64_t row = block.begin + i;
     const float lse = p.lse[output_row(p, head, row)];
     if (!(lse > -INFINITY)) continue;
-    const float bias = tile.bits == 16 ? 0.0f : w.queries.bias[row];
+    const float bias = tile.is_raw() ? 0.0f : w.queries.bias[row];
     const Span span = span_of_query(p, query_of_row(run, row));
     const float* s = w.scores + i * PAGE_SIZE;
     if (tile.all_visible) {
@@ -49,7 +49,7 @@ inline void add_mass_piece(const AttentionRun& run, const Piece& piece, const Wo
     feed.open(tile.ref.tier);
     alignas(64) float mass[PAGE_SIZE] = {};
     feed.begin(1);
-    Lines fetch = lines_for(feed, tile, p.cache.head_dim);
+    Lines fetch = lines_for(feed, tile, tile.k_bits, p.cache.head_dim);
     load_k(run, tile, w, fetch);
     for_row_blocks(run.rows, [&](RowBlock block) {
       add_mass_block(run, piece.head, tile, w, block, fetch, mass);

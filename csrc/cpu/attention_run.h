@@ -114,7 +114,7 @@ SMARTKV_INLINE void for_row_blocks(int64_t rows, const Body& body) {
 
 inline bool has_quantised_tier(const PagedKV& cache) {
   for (int t = 0; t < cache.num_tiers; ++t) {
-    if (cache.tier_bits[t] < 16) return true;
+    if (cache.tier_bits[t] != 16) return true;
   }
   return false;
 }

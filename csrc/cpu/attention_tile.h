@@ -17,13 +17,16 @@ struct Tile {
   float v_top;     // largest V scale of a token
   bool is_uneven;  // it is more than twice the mean: a bound by it would waste digits
   TileRef ref;
-  int bits;
-  const uint8_t* page;  // of a paged tile
-  Rows k, v;            // of a raw tile
-  uint64_t visible;     // bit i: some query sees slot i
-  bool all_visible;     // every query sees every slot
+  int k_bits, v_bits;
+  const uint8_t* page;     // of a paged tile
+  const uint8_t* v_codes;  // in it
+  Rows k, v;               // of a raw tile
+  uint64_t visible;        // bit i: some query sees slot i
+  bool all_visible;        // every query sees every slot
   int32_t first_position;
   Shares shares;
+
+  SMARTKV_INLINE bool is_raw() const { return k_bits == 16; }
 };
 
 // Positions that a query sees: [low, high].
@@ -82,7 +85,7 @@ inline void set_unit_scales(Tile& tile) {
 inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile& tile) {
   const int64_t b = head / p.cache.num_kv_heads, h = head % p.cache.num_kv_heads;
   const int64_t first = tile.ref.index * PAGE_SIZE;
-  tile.bits = 16;
+  tile.k_bits = tile.v_bits = 16;
   load_positions(tile, p.window_positions + b * p.window_len + first);
   const HeadsView &k = p.k_window, &v = p.v_window;
   const bool is_last = first + PAGE_SIZE >= p.window_len;
@@ -108,11 +111,13 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
   const PageLayout layout =
       page_layout(cache.tier_bits[tile.ref.tier], cache.head_dim, dtype_size(cache.raw_dtype));
   const uint8_t* page = slot_of(cache, head, tile.ref.tier, tile.ref.index * PAGE_SIZE).page;
-  tile.bits = layout.bits;
+  tile.k_bits = layout.k_bits;
+  tile.v_bits = layout.v_bits;
   tile.page = page;
+  tile.v_codes = page + layout.v_codes;
   load_positions(tile, page + layout.position);
   find_visible(p, tile);
-  if (layout.bits == 16) {
+  if (layout.is_raw()) {
     const char* rows = reinterpret_cast<const char*>(page);
     const int64_t stride = int64_t{cache.head_dim} * layout.itemsize;
     tile.k = {rows + layout.k_codes, cache.raw_dtype, stride, tile.ref.count, 0};
@@ -138,22 +143,18 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
   tile.is_uneven = tile.v_top * static_cast<float>(tile.ref.count) > 2 * hsum(sum);
 }
 
-inline const uint8_t* v_codes_of(const Tile& tile, int head_dim) {
-  return tile.page + int64_t{PAGE_SIZE} * record_lanes(tile.bits, head_dim);
-}
-
 inline void decode_tile_k(const Tile& tile, const TierCodecs& codecs, Lines fetch, int head_dim,
                           float* out) {
-  if (tile.bits == 16) return load_transposed(out, tile.k, fetch, head_dim);
-  fetch.walk(record_lanes(tile.bits, head_dim));
-  decode_k_tile(out, tile.page, codecs.at[tile.ref.tier]);
+  if (tile.is_raw()) return load_transposed(out, tile.k, fetch, head_dim);
+  fetch.walk(record_lanes(tile.k_bits, head_dim));
+  decode_k_tile(out, tile.page, codecs.k[tile.ref.tier]);
 }
 
 inline void decode_tile_v(const Tile& tile, const TierCodecs& codecs, Lines fetch, int head_dim,
                           float* out) {
-  if (tile.bits == 16) return load_visible(out, tile.v, fetch, head_dim, tile.visible);
-  fetch.walk(record_lanes(tile.bits, head_dim));
-  decode_v_tile(out, v_codes_of(tile, head_dim), codecs.at[tile.ref.tier]);
+  if (tile.is_raw()) return load_visible(out, tile.v, fetch, head_dim, tile.visible);
+  fetch.walk(record_lanes(tile.v_bits, head_dim));
+  decode_v_tile(out, tile.v_codes, codecs.v[tile.ref.tier]);
 }
 
 }  // namespace smartkv::SMARTKV_ISA

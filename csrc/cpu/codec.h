@@ -1,5 +1,5 @@
-// Where the codes of a channel lie in the pages of one tier, and how a 32-bit word of four codes
-// becomes four vectors of levels.
+// Where the codes of a channel lie in a section (K or V) of one width, and how a 32-bit word of
+// four codes becomes four vectors of levels.
 #pragma once
 
 namespace smartkv::SMARTKV_ISA {
@@ -12,14 +12,14 @@ struct PlaneMap {
   int32_t shift[MAX_HEAD_DIM / 4];
 };
 
-struct TierCodec {
+struct SectionCodec {
   int bits, head_dim;
   bool has_aligned_v;  // 16 consecutive channels always share one shift
   Codebook book;
   PlaneMap plane[2];
 
-  void set(int tier_bits, Levels levels, int dim) {
-    bits = tier_bits;
+  void set(int code_bits, Levels levels, int dim) {
+    bits = code_bits;
     head_dim = dim;
     has_aligned_v = true;
     book = make_codebook(bits, levels);
@@ -60,7 +60,7 @@ struct TierCodec {
 // channel.
 template <int BITS>
 struct CodeReader {
-  const TierCodec& codec;
+  const SectionCodec& codec;
 #if defined(SMARTKV_AVX2)
   v8i bytes;  // levels as int8, twice: one vpshufb maps 32 codes
 #else
@@ -68,12 +68,12 @@ struct CodeReader {
 #endif
 
 #if defined(SMARTKV_AVX2)
-  SMARTKV_INLINE explicit CodeReader(const TierCodec& tier)
+  SMARTKV_INLINE explicit CodeReader(const SectionCodec& tier)
       : codec(tier),
         bytes((v8i)_mm256_broadcastsi128_si256(
             _mm_load_si128(reinterpret_cast<const __m128i*>(tier.book.level_byte)))) {}
 #else
-  SMARTKV_INLINE explicit CodeReader(const TierCodec& tier)
+  SMARTKV_INLINE explicit CodeReader(const SectionCodec& tier)
       : codec(tier), lookup(tier.book.level) {}
 #endif
 
@@ -153,11 +153,12 @@ struct CodeReader {
 
 // Codecs of the tiers of a cache.
 struct TierCodecs {
-  TierCodec at[MAX_TIERS];
+  SectionCodec k[MAX_TIERS], v[MAX_TIERS];
 
   explicit TierCodecs(const PagedKV& cache) {
     for (int t = 0; t < cache.num_tiers; ++t) {
-      at[t].set(cache.tier_bits[t], cache.levels, cache.head_dim);
+      k[t].set(k_bits_of(cache.tier_bits[t]), cache.levels, cache.head_dim);
+      v[t].set(v_bits_of(cache.tier_bits[t]), cache.levels, cache.head_dim);
     }
   }
 };

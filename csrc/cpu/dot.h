@@ -233,7 +233,7 @@ SMARTKV_INLINE void with_products(int bits, [[maybe_unused]] int digits, int row
   });
 }
 
-inline void dot_k_rows(const TierCodec& codec, int bits, CodeStream stream, int digits,
+inline void dot_k_rows(const SectionCodec& codec, int bits, CodeStream stream, int digits,
                        const DigitRows& q, int rows, float* scores) {
   const LevelBytes<K_BIASED> levels(codec.book);
   const int step = rows_per_pass(rows, digits);
@@ -247,7 +247,7 @@ inline void dot_k_rows(const TierCodec& codec, int bits, CodeStream stream, int 
   }
 }
 
-inline void dot_v_rows(const TierCodec& codec, int bits, CodeStream stream, int digits,
+inline void dot_v_rows(const SectionCodec& codec, int bits, CodeStream stream, int digits,
                        const DigitRows& p, int rows, float* out) {
   const LevelBytes<false> levels(codec.book);
   const int step = rows_per_pass(rows, digits), head_dim = codec.head_dim;
@@ -268,7 +268,7 @@ inline void dot_v_rows(const TierCodec& codec, int bits, CodeStream stream, int 
 }
 
 template <int LANES>
-inline void unpack_codes(const TierCodec& codec, CodeStream stream, uint8_t* out) {
+inline void unpack_codes(const SectionCodec& codec, CodeStream stream, uint8_t* out) {
   with_bits(codec.bits, [&]<int BITS>() { unpack_section<BITS, LANES>(codec, stream, out); });
 }
 

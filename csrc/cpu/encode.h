@@ -102,20 +102,22 @@ struct MidpointCounter {
 };
 #endif
 
-struct Encoder {
-  int bits;
-  Levels levels;
-  int head_dim;
+// Levels of a width, and what finds the nearest.
+struct Quantizer {
   Codebook book;
   MidpointCounter midpoints;
 
-  Encoder(int bits, Levels levels, int head_dim)
-      : bits(bits),
-        levels(levels),
-        head_dim(head_dim),
-        book(make_codebook(bits, levels)),
-        midpoints(book, bits, levels) {}
-  Encoder(const Encoder&) = delete;  // the counter of the portable set points into the book
+  Quantizer(int bits, Levels levels)
+      : book(make_codebook(bits, levels)), midpoints(book, bits, levels) {}
+  Quantizer(const Quantizer&) = delete;  // the counter of the portable set points into the book
+};
+
+struct Encoder {
+  Levels levels;
+  Quantizer k, v;
+
+  Encoder(int tier, Levels levels)
+      : levels(levels), k(k_bits_of(tier), levels), v(v_bits_of(tier), levels) {}
 };
 
 SMARTKV_INLINE F vabs(F x) { return as_float(as_int(x) & splat(INT32_MAX)); }
@@ -130,12 +132,12 @@ struct TokenCodes {
   float scale[2];  // unrounded
 };
 
-// body(i, which) for every 16 channels of both.
+// body<which>(i) for every 16 channels of both.
 template <class Body>
 SMARTKV_INLINE void for_token(int head_dim, const Body& body) {
   for (int i = 0; i < head_dim; i += 16) {
-    body(i, 0);
-    body(i, 1);
+    body.template operator()<0>(i);
+    body.template operator()<1>(i);
   }
 }
 
@@ -163,28 +165,31 @@ SMARTKV_INLINE float fitted_scale(bool is_v, float power, float product, float s
 }
 
 // 2, 3 or 4 bits: nearest levels, then the scale that fits them.
-template <int BITS, int HEAD_DIM>
+template <int K_BITS, int V_BITS, int HEAD_DIM>
 SMARTKV_INLINE void encode_low(const Encoder& encoder, const Token& y, TokenCodes& out) {
+  constexpr int BITS[] = {K_BITS, V_BITS};
+  // Of one width both use the same tables, which then stay in registers.
+  const Quantizer* const quantizers[] = {&encoder.k, K_BITS == V_BITS ? &encoder.k : &encoder.v};
   const bool gaussian = encoder.levels == Levels::GAUSSIAN;
   F inverse[2];
   float power[2];
   for (int r = 0; r < 2; ++r) {
     power[r] = gaussian ? sum_of_squares(y.at[r], HEAD_DIM) : 0.0f;
     const float scale =
-        gaussian ? __builtin_sqrtf(power[r] / static_cast<float>(HEAD_DIM)) * gaussian_unit(BITS)
-                 : max_magnitude(y.at[r], HEAD_DIM) / ((1 << BITS) - 1);
+        gaussian ? __builtin_sqrtf(power[r] / static_cast<float>(HEAD_DIM)) * gaussian_unit(BITS[r])
+                 : max_magnitude(y.at[r], HEAD_DIM) / ((1 << BITS[r]) - 1);
     out.scale[r] = scale;
     inverse[r] = splat(scale > 0 ? 1 / scale : 0.0f);
   }
-  const Lookup level(encoder.book.level);
+  const Lookup levels[] = {Lookup(quantizers[0]->book.level), Lookup(quantizers[1]->book.level)};
   F product[2] = {splat(0.0f), splat(0.0f)}, square[2] = {splat(0.0f), splat(0.0f)};
-  for_token(HEAD_DIM, [&](int i, int r) {
+  for_token(HEAD_DIM, [&]<int r>(int i) {
     const F v = load(y.at[r] + i);
     F x = v * inverse[r];
     keep(x);
-    const I code = encoder.midpoints.template count<BITS>(x);
+    const I code = quantizers[r]->midpoints.template count<BITS[r]>(x);
     store_codes(out.at[r].at + i, code);
-    const F chosen = level(code);
+    const F chosen = levels[r](code);
     F term = v * chosen;
     keep(term);
     product[r] = product[r] + term;
@@ -204,7 +209,7 @@ SMARTKV_INLINE void encode_8(const Token& y, TokenCodes& out) {
     out.scale[r] = scale;
     inverse[r] = splat(scale > 0 ? 1 / scale : 0.0f);
   }
-  for_token(HEAD_DIM, [&](int i, int r) {
+  for_token(HEAD_DIM, [&]<int r>(int i) {
     F x = load(y.at[r] + i) * inverse[r];
     keep(x);
     x = vmin(vmax(x, splat(-127.0f)), splat(127.0f));
@@ -212,12 +217,12 @@ SMARTKV_INLINE void encode_8(const Token& y, TokenCodes& out) {
   });
 }
 
-template <int BITS, int HEAD_DIM>
+template <int K_BITS, int V_BITS, int HEAD_DIM>
 SMARTKV_INLINE void encode(const Encoder& encoder, const Token& y, TokenCodes& out) {
-  if constexpr (BITS == 8) {
+  if constexpr (K_BITS == 8) {
     encode_8<HEAD_DIM>(y, out);
   } else {
-    encode_low<BITS, HEAD_DIM>(encoder, y, out);
+    encode_low<K_BITS, V_BITS, HEAD_DIM>(encoder, y, out);
   }
   for (Codes& codes : out.at) {
     __builtin_memset(codes.at + HEAD_DIM, 0, sizeof codes.at - MAX_HEAD_DIM);
@@ -229,9 +234,10 @@ inline uint16_t stored_scale(float scale) { return to_fp16(scale > 65504.0f ? 65
 
 // Rotated vector of the codes.
 template <int BITS, int HEAD_DIM>
-SMARTKV_INLINE void decode(const Encoder& encoder, const Codes& codes, uint16_t scale, float* y) {
+SMARTKV_INLINE void decode(const Quantizer& quantizer, const Codes& codes, uint16_t scale,
+                           float* y) {
   const F s = splat(from_fp16(scale));
-  const Lookup level(encoder.book.level);
+  const Lookup level(quantizer.book.level);
   for (int c = 0; c < HEAD_DIM; c += 16) {
     const I code = load_bytes(codes.at + c);
     const F x = BITS == 8 ? to_float(code - splat(128)) : level(code);

@@ -46,7 +46,8 @@ SMARTKV_INLINE void fetch_step(Lines& lines) {
 
 // scores[r][t] = sum over c of q[r][c] K[c][t].
 template <int BITS, int ROWS>
-inline void multiply_k(const TierCodec& codec, CodeStream stream, const float* q, float* scores) {
+inline void multiply_k(const SectionCodec& codec, CodeStream stream, const float* q,
+                       float* scores) {
   constexpr int VECS = FUSED_VECS;
   const CodeReader<BITS> reader(codec);
   const int head_dim = codec.head_dim;
@@ -83,7 +84,7 @@ inline void multiply_k(const TierCodec& codec, CodeStream stream, const float* q
 
 // out[r][c..] += sum over t of p[r][t] V[t][c..] for VECS vectors of channels.
 template <int BITS, int ROWS, int VECS>
-inline void multiply_v_columns(const TierCodec& codec, CodeStream& stream, const float* p,
+inline void multiply_v_columns(const SectionCodec& codec, CodeStream& stream, const float* p,
                                float* out, int c) {
   const CodeReader<BITS> reader(codec);
   const int head_dim = codec.head_dim;
@@ -116,7 +117,7 @@ inline void multiply_v_columns(const TierCodec& codec, CodeStream& stream, const
 }
 
 template <int BITS, int ROWS>
-inline void multiply_v(const TierCodec& codec, CodeStream stream, const float* p, float* out) {
+inline void multiply_v(const SectionCodec& codec, CodeStream stream, const float* p, float* out) {
   int c = 0;
   for (; c + 16 * FUSED_VECS <= codec.head_dim; c += 16 * FUSED_VECS) {
     multiply_v_columns<BITS, ROWS, FUSED_VECS>(codec, stream, p, out, c);
@@ -155,7 +156,7 @@ SMARTKV_INLINE void with_bits(int bits, const Body& body) {
   }
 }
 
-inline void multiply_k_rows(const TierCodec& codec, CodeStream stream, int rows, const float* q,
+inline void multiply_k_rows(const SectionCodec& codec, CodeStream stream, int rows, const float* q,
                             float* scores) {
   for (int r = 0; r < rows; r += FUSED_BLOCK) {
     with_rows(rows - r, [&]<int ROWS>() {
@@ -167,7 +168,7 @@ inline void multiply_k_rows(const TierCodec& codec, CodeStream stream, int rows,
   }
 }
 
-inline void multiply_v_rows(const TierCodec& codec, CodeStream stream, int rows, const float* p,
+inline void multiply_v_rows(const SectionCodec& codec, CodeStream stream, int rows, const float* p,
                             float* out) {
   for (int r = 0; r < rows; r += FUSED_BLOCK) {
     with_rows(rows - r, [&]<int ROWS>() {

@@ -146,11 +146,11 @@ SMARTKV_INLINE void permute_v(uint8_t* to_plane, const uint8_t* from_plane, cons
   }
 }
 
-template <int BITS, int HEAD_DIM>
+template <int TIER, int HEAD_DIM>
 inline void permute_records(uint8_t* to, const uint8_t* from, const Moves& moves, Ahead& ahead) {
-  constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+  constexpr PageLayout LAYOUT = page_layout(TIER, HEAD_DIM);
   const Permutation p(moves);
-  each_plane<BITS, HEAD_DIM>(to + LAYOUT.k_codes, [&]<int WIDTH, int>(uint8_t* plane) {
+  each_plane<LAYOUT.k_bits, HEAD_DIM>(to + LAYOUT.k_codes, [&]<int WIDTH, int>(uint8_t* plane) {
     constexpr int LANES = plane_lanes(HEAD_DIM, WIDTH);
     for (int j = 0; j < LANES; j += 4) {
       uint8_t* line = plane + 16 * j;
@@ -158,7 +158,7 @@ inline void permute_records(uint8_t* to, const uint8_t* from, const Moves& moves
       permute_words(line, from + (line - to), 16 * LANES, p);
     }
   });
-  each_plane<BITS, HEAD_DIM>(to + LAYOUT.v_codes, [&]<int WIDTH, int>(uint8_t* plane) {
+  each_plane<LAYOUT.v_bits, HEAD_DIM>(to + LAYOUT.v_codes, [&]<int WIDTH, int>(uint8_t* plane) {
     permute_v<plane_lanes(HEAD_DIM, WIDTH)>(plane, from + (plane - to), moves, ahead);
   });
   permute_halves(to + LAYOUT.k_scale, from + LAYOUT.k_scale, p);
@@ -172,10 +172,10 @@ inline void permute_records(uint8_t* to, const uint8_t* from, const Moves& moves
 // The pages may be one.
 inline void move_records(const PageLayout& layout, uint8_t* to, const uint8_t* from,
                          const Moves& moves, Ahead& ahead) {
-  if (layout.bits == 16) return move_rows(layout, to, from, moves);
+  if (layout.is_raw()) return move_rows(layout, to, from, moves);
 #if defined(SMARTKV_AVX512)
-  with_format(layout.bits, layout.head_dim, [&]<int BITS, int HEAD_DIM>() {
-    permute_records<BITS, HEAD_DIM>(to, from, moves, ahead);
+  with_format(layout.tier, layout.head_dim, [&]<int TIER, int HEAD_DIM>() {
+    permute_records<TIER, HEAD_DIM>(to, from, moves, ahead);
   });
 #else
   const int lines = static_cast<int>(layout.page_bytes / 64 / 24);  // a page in 24 of 64 records

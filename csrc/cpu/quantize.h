@@ -5,7 +5,7 @@ namespace smartkv::SMARTKV_ISA {
 
 inline void quantize_page(const QuantizeParams& p, const Encoder& encoder, int64_t head,
                           int64_t page) {
-  const PageLayout layout = page_layout(p.bits, p.head_dim, dtype_size(p.k.dtype));
+  const PageLayout layout = page_layout(p.tier, p.head_dim, dtype_size(p.k.dtype));
   const int64_t b = head / p.num_kv_heads, h = head % p.num_kv_heads;
   const int64_t num_pages = (p.kv_len + PAGE_SIZE - 1) / PAGE_SIZE;
   uint8_t* out = p.pages + (head * num_pages + page) * p.page_bytes;
@@ -25,7 +25,7 @@ inline void quantize_page(const QuantizeParams& p, const Encoder& encoder, int64
 }
 
 inline void quantize_kv(const QuantizeParams& p, const Parallel& parallel) {
-  const Encoder encoder(p.bits, p.levels, p.head_dim);
+  const Encoder encoder(p.tier, p.levels);
   const int64_t num_pages = (p.kv_len + PAGE_SIZE - 1) / PAGE_SIZE;
   const int64_t items = int64_t{p.batch} * p.num_kv_heads * num_pages;
   parallel_for(parallel, items, [&](int64_t begin, int64_t end) {
@@ -36,10 +36,10 @@ inline void quantize_kv(const QuantizeParams& p, const Parallel& parallel) {
 inline void dequantize_page(const DequantizeParams& p, const Encoder& encoder, int64_t head,
                             int64_t page) {
   const int head_dim = p.head_dim;
-  const PageLayout layout = page_layout(p.bits, head_dim, dtype_size(p.dtype));
+  const PageLayout layout = page_layout(p.tier, head_dim, dtype_size(p.dtype));
   const int64_t index = head * p.num_pages + page, first = index * PAGE_SIZE * head_dim;
   const uint8_t* in = p.pages + index * p.page_bytes;
-  if (p.bits == 16) {
+  if (layout.is_raw()) {
     __builtin_memcpy(at(p.k, p.dtype, first), in + layout.k_codes, layout.v_codes);
     __builtin_memcpy(at(p.v, p.dtype, first), in + layout.v_codes, layout.v_codes);
     return;
@@ -57,7 +57,7 @@ inline void dequantize_page(const DequantizeParams& p, const Encoder& encoder, i
 }
 
 inline void dequantize_kv(const DequantizeParams& p, const Parallel& parallel) {
-  const Encoder encoder(p.bits, p.levels, p.head_dim);
+  const Encoder encoder(p.tier, p.levels);
   const int64_t items = int64_t{p.batch} * p.num_kv_heads * p.num_pages;
   parallel_for(parallel, items, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -72,7 +72,8 @@ struct Tiers {
   Encoder encoder[MAX_TIERS];
 
   explicit Tiers(const PagedKV& cache)
-      : layout{}, encoder{of(cache, 0), of(cache, 1), of(cache, 2), of(cache, 3), of(cache, 4)} {
+      : layout{}, encoder{of(cache, 0), of(cache, 1), of(cache, 2), of(cache, 3),
+                          of(cache, 4), of(cache, 5), of(cache, 6)} {
     const int itemsize = dtype_size(cache.raw_dtype);
     for (int t = 0; t < cache.num_tiers; ++t) {
       layout[t] = page_layout(cache.tier_bits[t], cache.head_dim, itemsize);
@@ -81,7 +82,7 @@ struct Tiers {
 
  private:
   static Encoder of(const PagedKV& cache, int t) {
-    return {t < cache.num_tiers ? cache.tier_bits[t] : 16, cache.levels, cache.head_dim};
+    return {t < cache.num_tiers ? cache.tier_bits[t] : 16, cache.levels};
   }
 };
 

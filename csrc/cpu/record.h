@@ -73,10 +73,27 @@ SMARTKV_INLINE void copy_lanes(uint8_t* to_plane, int to_slot, const uint8_t* fr
   }
 }
 
-// Calls body<BITS, HEAD_DIM>() for a quantised format: loops of known length, constant addresses.
+// Calls body<HEAD_DIM>(): loops of known length, constant addresses.
 template <class Body>
-SMARTKV_INLINE void with_format(int bits, int head_dim, const Body& body) {
-  const auto with_bits = [&]<int HEAD_DIM>() {
+SMARTKV_INLINE void with_head_dim(int head_dim, const Body& body) {
+  switch (head_dim) {
+    case 64:
+      return body.template operator()<64>();
+    case 80:
+      return body.template operator()<80>();
+    case 96:
+      return body.template operator()<96>();
+    case 128:
+      return body.template operator()<128>();
+    default:
+      return body.template operator()<256>();
+  }
+}
+
+// Calls body<BITS, HEAD_DIM>() for a section of codes.
+template <class Body>
+SMARTKV_INLINE void with_section(int bits, int head_dim, const Body& body) {
+  with_head_dim(head_dim, [&]<int HEAD_DIM>() {
     switch (bits) {
       case 2:
         return body.template operator()<2, HEAD_DIM>();
@@ -87,19 +104,28 @@ SMARTKV_INLINE void with_format(int bits, int head_dim, const Body& body) {
       default:
         return body.template operator()<8, HEAD_DIM>();
     }
-  };
-  switch (head_dim) {
-    case 64:
-      return with_bits.template operator()<64>();
-    case 80:
-      return with_bits.template operator()<80>();
-    case 96:
-      return with_bits.template operator()<96>();
-    case 128:
-      return with_bits.template operator()<128>();
-    default:
-      return with_bits.template operator()<256>();
-  }
+  });
+}
+
+// Calls body<TIER, HEAD_DIM>() for a quantised page.
+template <class Body>
+SMARTKV_INLINE void with_format(int tier, int head_dim, const Body& body) {
+  with_head_dim(head_dim, [&]<int HEAD_DIM>() {
+    switch (tier) {
+      case 2:
+        return body.template operator()<2, HEAD_DIM>();
+      case 302:
+        return body.template operator()<302, HEAD_DIM>();
+      case 3:
+        return body.template operator()<3, HEAD_DIM>();
+      case 403:
+        return body.template operator()<403, HEAD_DIM>();
+      case 4:
+        return body.template operator()<4, HEAD_DIM>();
+      default:
+        return body.template operator()<8, HEAD_DIM>();
+    }
+  });
 }
 
 // Calls body<WIDTH, LOW>(section) for the planes of a section: WIDTH bits of each code, from LOW
@@ -176,19 +202,19 @@ struct Slot {
 
 // Moves a record between pages of one tier.
 inline void copy_record(const PageLayout& layout, Slot to, Slot from) {
-  if (layout.bits == 16) {
+  if (layout.is_raw()) {
     const int64_t row = int64_t{layout.head_dim} * layout.itemsize;
     uint8_t* into = to.page + to.index * row;
     const uint8_t* out_of = from.page + from.index * row;
     __builtin_memcpy(into + layout.k_codes, out_of + layout.k_codes, row);
     __builtin_memcpy(into + layout.v_codes, out_of + layout.v_codes, row);
   } else {
-    with_format(layout.bits, layout.head_dim, [&]<int BITS, int HEAD_DIM>() {
-      constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
-      copy_codes<false, BITS, HEAD_DIM>(to.page + LAYOUT.k_codes, to.index,
-                                        from.page + LAYOUT.k_codes, from.index);
-      copy_codes<true, BITS, HEAD_DIM>(to.page + LAYOUT.v_codes, to.index,
-                                       from.page + LAYOUT.v_codes, from.index);
+    with_format(layout.tier, layout.head_dim, [&]<int TIER, int HEAD_DIM>() {
+      constexpr PageLayout LAYOUT = page_layout(TIER, HEAD_DIM);
+      copy_codes<false, LAYOUT.k_bits, HEAD_DIM>(to.page + LAYOUT.k_codes, to.index,
+                                                 from.page + LAYOUT.k_codes, from.index);
+      copy_codes<true, LAYOUT.v_bits, HEAD_DIM>(to.page + LAYOUT.v_codes, to.index,
+                                                from.page + LAYOUT.v_codes, from.index);
       put(to.page + LAYOUT.k_scale, to.index,
           get<uint16_t>(from.page + LAYOUT.k_scale, from.index));
       put(to.page + LAYOUT.v_scale, to.index,
@@ -202,12 +228,13 @@ inline void copy_record(const PageLayout& layout, Slot to, Slot from) {
 // Encodes rotated vectors into a slot; position and score are left to the caller.
 inline void write_rotated(const PageLayout& layout, const Encoder& encoder, Slot slot,
                           const float* k, const float* v) {
-  with_format(layout.bits, layout.head_dim, [&]<int BITS, int HEAD_DIM>() {
-    constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+  with_format(layout.tier, layout.head_dim, [&]<int TIER, int HEAD_DIM>() {
+    constexpr PageLayout LAYOUT = page_layout(TIER, HEAD_DIM);
     TokenCodes codes;
-    encode<BITS, HEAD_DIM>(encoder, {{k, v}}, codes);
-    write_codes<false, BITS, HEAD_DIM>(slot.page + LAYOUT.k_codes, slot.index, codes.at[0]);
-    write_codes<true, BITS, HEAD_DIM>(slot.page + LAYOUT.v_codes, slot.index, codes.at[1]);
+    encode<LAYOUT.k_bits, LAYOUT.v_bits, HEAD_DIM>(encoder, {{k, v}}, codes);
+    write_codes<false, LAYOUT.k_bits, HEAD_DIM>(slot.page + LAYOUT.k_codes, slot.index,
+                                                codes.at[0]);
+    write_codes<true, LAYOUT.v_bits, HEAD_DIM>(slot.page + LAYOUT.v_codes, slot.index, codes.at[1]);
     put(slot.page + LAYOUT.k_scale, slot.index, stored_scale(codes.scale[0]));
     put(slot.page + LAYOUT.v_scale, slot.index, stored_scale(codes.scale[1]));
   });
@@ -217,7 +244,7 @@ inline void write_rotated(const PageLayout& layout, const Encoder& encoder, Slot
 inline void write_rows(const PageLayout& layout, const Encoder& encoder, Slot slot, DType dtype,
                        const char* k, const char* v, const float* k_mean) {
   const int head_dim = layout.head_dim;
-  if (layout.bits == 16) {
+  if (layout.is_raw()) {
     const int64_t row = int64_t{head_dim} * layout.itemsize;
     __builtin_memcpy(slot.page + layout.k_codes + slot.index * row, k, row);
     __builtin_memcpy(slot.page + layout.v_codes + slot.index * row, v, row);
@@ -235,16 +262,36 @@ inline void write_rows(const PageLayout& layout, const Encoder& encoder, Slot sl
 // Rotated vectors of a quantised record.
 inline void read_rotated(const PageLayout& layout, const Encoder& encoder, Slot slot, float* k,
                          float* v) {
-  with_format(layout.bits, layout.head_dim, [&]<int BITS, int HEAD_DIM>() {
-    constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+  with_format(layout.tier, layout.head_dim, [&]<int TIER, int HEAD_DIM>() {
+    constexpr PageLayout LAYOUT = page_layout(TIER, HEAD_DIM);
     Codes codes;
-    read_codes<false, BITS, HEAD_DIM>(slot.page + LAYOUT.k_codes, slot.index, codes);
+    read_codes<false, LAYOUT.k_bits, HEAD_DIM>(slot.page + LAYOUT.k_codes, slot.index, codes);
     const auto k_scale = get<uint16_t>(slot.page + LAYOUT.k_scale, slot.index);
-    decode<BITS, HEAD_DIM>(encoder, codes, k_scale, k);
-    read_codes<true, BITS, HEAD_DIM>(slot.page + LAYOUT.v_codes, slot.index, codes);
+    decode<LAYOUT.k_bits, HEAD_DIM>(encoder.k, codes, k_scale, k);
+    read_codes<true, LAYOUT.v_bits, HEAD_DIM>(slot.page + LAYOUT.v_codes, slot.index, codes);
     const auto v_scale = get<uint16_t>(slot.page + LAYOUT.v_scale, slot.index);
-    decode<BITS, HEAD_DIM>(encoder, codes, v_scale, v);
+    decode<LAYOUT.v_bits, HEAD_DIM>(encoder.v, codes, v_scale, v);
   });
+}
+
+// A demotion that leaves the bits of keys (values) alone leaves them as they are.
+inline void copy_equal_codes(const PageLayout& target, Slot to, const PageLayout& source,
+                             Slot from) {
+  const auto copy = [&]<bool IS_V>(int bits, int64_t into, int64_t out_of, int64_t to_scale,
+                                   int64_t from_scale) {
+    with_section(bits, target.head_dim, [&]<int BITS, int HEAD_DIM>() {
+      copy_codes<IS_V, BITS, HEAD_DIM>(to.page + into, to.index, from.page + out_of, from.index);
+    });
+    put(to.page + to_scale, to.index, get<uint16_t>(from.page + from_scale, from.index));
+  };
+  if (target.k_bits == source.k_bits) {
+    copy.template operator()<false>(target.k_bits, target.k_codes, source.k_codes, target.k_scale,
+                                    source.k_scale);
+  }
+  if (target.v_bits == source.v_bits) {
+    copy.template operator()<true>(target.v_bits, target.v_codes, source.v_codes, target.v_scale,
+                                   source.v_scale);
+  }
 }
 
 inline void write_label(const PageLayout& layout, Slot slot, int32_t position, uint16_t score) {

@@ -191,7 +191,7 @@ SMARTKV_INLINE bool is_regular(int bits, int head_dim, int lanes_per_load) {
 
 // A section of any tier as the section of an 8-bit page that holds the same levels.
 template <int BITS, int LANES>
-inline void unpack_section(const TierCodec& codec, CodeStream stream, uint8_t* out) {
+inline void unpack_section(const SectionCodec& codec, CodeStream stream, uint8_t* out) {
   const LevelBytes<true> levels(codec.book);
   const int units = LANES == K_LANES ? 4 : PAGE_SIZE / 4, per_unit = codec.head_dim / LANES;
   const auto put = [&](int unit, int group, I word) {

@@ -10,7 +10,7 @@ constexpr int64_t tile_floats(int head_dim) { return int64_t{PAGE_SIZE} * v_stri
 
 // Every channel of K, 16 tokens at a time, in channel order.
 template <int BITS>
-inline void decode_k_fixed(float* out, const uint8_t* codes, const TierCodec& codec) {
+inline void decode_k_fixed(float* out, const uint8_t* codes, const SectionCodec& codec) {
   const CodeReader<BITS> reader(codec);
   for (int block = 0; block < 4; ++block) {
     for (int c = 0; c < codec.head_dim; c += 4) {
@@ -25,7 +25,7 @@ inline void decode_k_fixed(float* out, const uint8_t* codes, const TierCodec& co
 }
 
 template <int BITS>
-inline void decode_v_fixed(float* out, const uint8_t* codes, const TierCodec& codec) {
+inline void decode_v_fixed(float* out, const uint8_t* codes, const SectionCodec& codec) {
   const CodeReader<BITS> reader(codec);
   const int stride = v_stride(codec.head_dim);
   alignas(64) int32_t words[2][MAX_HEAD_DIM + 32];
@@ -44,7 +44,7 @@ inline void decode_v_fixed(float* out, const uint8_t* codes, const TierCodec& co
   }
 }
 
-inline void decode_k_tile(float* out, const uint8_t* codes, const TierCodec& codec) {
+inline void decode_k_tile(float* out, const uint8_t* codes, const SectionCodec& codec) {
   switch (codec.bits) {
     case 2:
       return decode_k_fixed<2>(out, codes, codec);
@@ -57,7 +57,7 @@ inline void decode_k_tile(float* out, const uint8_t* codes, const TierCodec& cod
   }
 }
 
-inline void decode_v_tile(float* out, const uint8_t* codes, const TierCodec& codec) {
+inline void decode_v_tile(float* out, const uint8_t* codes, const SectionCodec& codec) {
   switch (codec.bits) {
     case 2:
       return decode_v_fixed<2>(out, codes, codec);

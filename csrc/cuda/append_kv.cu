@@ -78,15 +78,15 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, append_blocks(HEAD_DIM)
     if (slots[i] < 0) continue;
     const int64_t head = i / p.new_len, n = i % p.new_len;
     const int64_t b = head / cache.num_kv_heads, h = head % cache.num_kv_heads;
-    const int bits = cache.tier_bits[tier], slot = slots[i] % PAGE_SIZE;
+    const int kind = cache.tier_bits[tier], slot = slots[i] % PAGE_SIZE;
     uint8_t* const page = page_of(cache, head, tier, slots[i]);
     const char* const row = is_value_half() ? row_of(p.v, b, h, n) : row_of(p.k, b, h, n);
-    SMARTKV_BITS_SWITCH(bits, [&] {
-      write_row<HEAD_DIM, BITS>(page, slot, books.of_tier[tier], cache.levels, row, p.k.dtype,
+    SMARTKV_TIER_SWITCH(kind, [&] {
+      write_row<HEAD_DIM, TIER>(page, slot, books.of_tier[tier], cache.levels, row, p.k.dtype,
                                 cache.k_mean + head * HEAD_DIM, scratch[warp]);
     });
     if (threadIdx.x % WARP == 0) {
-      write_label(page, page_layout(bits, HEAD_DIM, dtype_size(cache.raw_dtype)), slot,
+      write_label(page, page_layout(kind, HEAD_DIM, dtype_size(cache.raw_dtype)), slot,
                   p.positions[i], score_bits(p.scores[i]));
     }
   }

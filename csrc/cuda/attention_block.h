@@ -7,8 +7,6 @@
 
 namespace smartkv {
 
-constexpr int constexpr_max(int a, int b) { return a > b ? a : b; }
-
 // Byte offsets in dynamic shared memory.
 template <int HEAD_DIM, int ROW_TILES, bool IS_FLOAT32>
 struct BlockLayout {
@@ -110,11 +108,12 @@ struct Block {
   }
 
   // Scores of a quarter of a page: tokens 2g, 2g + 1 by this thread's rows.
-  template <int HEAD_DIM, int BITS>
+  template <int HEAD_DIM, int TIER>
   __device__ __forceinline__ void score_codes(const unsigned char* stage, const LevelBytes& levels,
                                               const int (&positions)[2],
                                               float (&scores)[ROW_TILES][4]) const {
-    using Tile = CodeTile<HEAD_DIM, BITS>;
+    using Tile = CodeTile<HEAD_DIM, TIER>;
+    using Codes = typename Tile::KCodes;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
@@ -122,20 +121,20 @@ struct Block {
     }
     const int t = threadIdx.x % 4;
 #pragma unroll
-    for (int block = 0; block < Tile::BLOCKS; ++block) {
-      Fragment keys[Tile::SHIFTS];
+    for (int block = 0; block < Codes::BLOCKS; ++block) {
+      Fragment keys[Codes::SHIFTS];
       Tile::k_matrices(stage, block, levels, keys);
       const int lane = block * LANES_PER_MATRIX + 4 * t;
-      const bool exists = Tile::LANES % LANES_PER_MATRIX == 0 || is_within(lane, Tile::LANES);
+      const bool exists = Codes::LANES % LANES_PER_MATRIX == 0 || is_within(lane, Codes::LANES);
 #pragma unroll
-      for (int u = 0; u < Tile::SHIFTS; ++u) {
+      for (int u = 0; u < Codes::SHIFTS; ++u) {
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
           for (int term = 0; term < 2; ++term) {
             if (term == 1 && !run.precise) break;
             uint2 q = make_uint2(0, 0);
-            if (exists) q = query(Layout::ROTATED, term, n, lane + Tile::LANES * u);
+            if (exists) q = query(Layout::ROTATED, term, n, lane + Codes::LANES * u);
             const unsigned b[2] = {q.x, q.y};
             multiply_fp16(scores[n], keys[u].at, b);
           }
@@ -231,7 +230,8 @@ struct Tiles {
   int64_t begin, end;
 };
 
-// Calls visit(tiles, bits) for the tiers of a head that lie in [low, high) of its costs.
+// Calls visit(tiles, kind) for the tiers, kind one of TIERS, of a head that lie in [low, high) of
+// its costs.
 template <typename Visit>
 __device__ __forceinline__ void for_each_tier(const DecodeAttentionParams& p, int64_t head,
                                               int64_t low, int64_t high, const Visit& visit) {
@@ -251,10 +251,10 @@ __device__ __forceinline__ void for_each_tier(const DecodeAttentionParams& p, in
 
 // Calls visit(stage, tile, positions of the tokens 2g and 2g + 1) for this warp's quarter of each
 // tile, with several tiles on their way. Positions are -1 where the list has no record.
-template <int HEAD_DIM, int BITS, typename Layout, int ROW_TILES, typename Visit>
+template <int HEAD_DIM, int TIER, typename Layout, int ROW_TILES, typename Visit>
 __device__ __forceinline__ void walk_codes(const Block<Layout, ROW_TILES>& block,
                                            const Tiles& tiles, bool with_v, const Visit& visit) {
-  using Tile = CodeTile<HEAD_DIM, BITS>;
+  using Tile = CodeTile<HEAD_DIM, TIER>;
   constexpr int FITTING = Layout::STAGE_BYTES / Tile::STAGE_BYTES;
   constexpr int STAGES = FITTING < MAX_STAGES ? FITTING : MAX_STAGES;
   static_assert(STAGES >= 2);

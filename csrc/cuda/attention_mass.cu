@@ -76,16 +76,16 @@ __device__ __forceinline__ void add_dense_mass(const Block<Layout, ROW_TILES>& b
   }
 }
 
-template <int HEAD_DIM, int BITS, typename Layout, int ROW_TILES>
+template <int HEAD_DIM, int TIER, typename Layout, int ROW_TILES>
 __device__ __forceinline__ void add_code_mass(const Block<Layout, ROW_TILES>& block,
                                               const ThreadLse<ROW_TILES>& lse, const Tiles& tiles,
                                               float* mass, int64_t length) {
-  const LevelBytes levels = block.run.levels[tiles.tier];
-  walk_codes<HEAD_DIM, BITS>(
+  const LevelBytes levels = block.run.k_levels[tiles.tier];
+  walk_codes<HEAD_DIM, TIER>(
       block, tiles, false,
       [&](const unsigned char* stage, int64_t tile, const int (&positions)[2]) {
         float scores[ROW_TILES][4];
-        block.template score_codes<HEAD_DIM, BITS>(stage, levels, positions, scores);
+        block.template score_codes<HEAD_DIM, TIER>(stage, levels, positions, scores);
         lse.add(scores, mass + tile * PAGE_SIZE, length - tile * PAGE_SIZE);
       });
 }
@@ -108,17 +108,19 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_mass_kernel(At
       block.template open<HEAD_DIM>(unit_of_head(run, head, row_block));
       ThreadLse<ROW_TILES> lse;
       lse.load(block);
-      for_each_tier(p, head, at - first, min(end, next) - first, [&](const Tiles& tiles, int bits) {
+      for_each_tier(p, head, at - first, min(end, next) - first, [&](const Tiles& tiles, int kind) {
         const int64_t length = tier_length(p, head, tiles.tier);
         const bool is_window = tiles.tier == p.cache.num_tiers;
         float* const mass = is_window ? p.window_mass + head * p.window_len
                                       : p.mass + (head * p.cache.num_tiers + tiles.tier) *
                                                      p.cache.max_pages * PAGE_SIZE;
-        if (bits == 2) add_code_mass<HEAD_DIM, 2>(block, lse, tiles, mass, length);
-        if (bits == 3) add_code_mass<HEAD_DIM, 3>(block, lse, tiles, mass, length);
-        if (bits == 4) add_code_mass<HEAD_DIM, 4>(block, lse, tiles, mass, length);
-        if (bits == 8) add_code_mass<HEAD_DIM, 8>(block, lse, tiles, mass, length);
-        if (bits == 16) add_dense_mass<HEAD_DIM, IS_FLOAT32>(block, lse, tiles, mass, length);
+        SMARTKV_TIER_SWITCH(kind, [&] {
+          if constexpr (TIER == 16) {
+            add_dense_mass<HEAD_DIM, IS_FLOAT32>(block, lse, tiles, mass, length);
+          } else {
+            add_code_mass<HEAD_DIM, TIER>(block, lse, tiles, mass, length);
+          }
+        });
       });
       __syncthreads();  // before the next row block overwrites the queries
     }

@@ -155,7 +155,8 @@ static size_t fill_run(const DecodeAttentionParams& p, uintptr_t workspace, Atte
   run.precise = p.precision == Precision::FLOAT32 || p.precision == Precision::INT16;
   run.copies_window = is_aligned(p.k_window) && (p.out == nullptr || is_aligned(p.v_window));
   for (int t = 0; t < p.cache.num_tiers; ++t) {
-    run.levels[t] = level_bytes(p.cache.tier_bits[t], p.cache.levels);
+    run.k_levels[t] = level_bytes(k_bits_of(p.cache.tier_bits[t]), p.cache.levels);
+    run.v_levels[t] = level_bytes(v_bits_of(p.cache.tier_bits[t]), p.cache.levels);
   }
   const int64_t rows = run.units * run.rows_per_block;
   const int64_t part_rows = (run.units + run.num_parts) * run.rows_per_block;

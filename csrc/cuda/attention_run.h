@@ -34,7 +34,7 @@ struct AttentionRun {
   int num_terms;         // of a value of the dense part: 1, or 3 for float32
   bool precise;          // rotated queries and probabilities in two terms
   bool copies_window;    // its rows are aligned to 16 bytes
-  LevelBytes levels[MAX_TIERS];
+  LevelBytes k_levels[MAX_TIERS], v_levels[MAX_TIERS];
   int64_t* cost_before;  // [heads + 1], in tiles weighted by their time
   uint16_t* rotated;     // [units, rows_per_block, 2, head_dim] float16: high and low term
   uint16_t* plain;       // [units, rows_per_block, num_terms, head_dim] of the window's kind
@@ -58,9 +58,9 @@ __device__ __forceinline__ int64_t tier_tiles(const DecodeAttentionParams& p, in
   return (tier_length(p, head, tier) + PAGE_SIZE - 1) / PAGE_SIZE;
 }
 
-// Of a tile, in bits per value and a constant part.
+// Of a tile, in bits of a key and a value and a constant part.
 __device__ __forceinline__ int tile_cost(const DecodeAttentionParams& p, int tier) {
-  return 4 + (tier == p.cache.num_tiers ? 16 : p.cache.tier_bits[tier]);
+  return 8 + (tier == p.cache.num_tiers ? 32 : bits_of_pair(p.cache.tier_bits[tier]));
 }
 
 __device__ __forceinline__ int64_t head_cost(const DecodeAttentionParams& p, int64_t head) {

@@ -79,61 +79,19 @@ __device__ __forceinline__ void expand_nibbles(unsigned word, const LevelBytes& 
   }
 }
 
+// Codes of K or of V.
 template <int HEAD_DIM, int BITS>
-struct CodeTile {
+struct CodeSection {
   static constexpr int WIDTH = code_planes(BITS).width[0];
   static constexpr int LANES = plane_lanes(HEAD_DIM, WIDTH);
   static constexpr int HIGH_LANES = BITS == 3 ? plane_lanes(HEAD_DIM, 1) : 0;
   static constexpr int SHIFTS = 8 / WIDTH;  // channels per byte lane
   static constexpr int BLOCKS = (LANES + LANES_PER_MATRIX - 1) / LANES_PER_MATRIX;
   static constexpr int MATRICES = BLOCKS * SHIFTS;  // of 16 channels
+  // Of a quarter of a page.
+  static constexpr int PART = WARP_TOKENS * LANES, HIGH_PART = WARP_TOKENS * HIGH_LANES;
   static constexpr int V_ROW = 4 * LANES + V_ROW_PADDING;
   static constexpr int V_HIGH_ROW = 4 * HIGH_LANES + V_ROW_PADDING;
-
-  // Of one stage in shared memory. Lanes that fill up a matrix may be read from what lies behind.
-  static constexpr int K = 0;
-  static constexpr int K_HIGH = WARP_TOKENS * LANES;
-  static constexpr int V = K_HIGH + WARP_TOKENS * HIGH_LANES;
-  static constexpr int V_HIGH = V + WARP_TOKENS / 4 * V_ROW;
-  static constexpr int K_SCALE = V_HIGH + (BITS == 3 ? WARP_TOKENS / 4 * V_HIGH_ROW : 0);
-  static constexpr int V_SCALE = K_SCALE + 2 * WARP_TOKENS;
-  static constexpr int POSITION = V_SCALE + 2 * WARP_TOKENS;
-  static constexpr int STAGE_BYTES = POSITION + 4 * WARP_TOKENS;
-
-  // Starts copies of 16 bytes by the lanes of a warp. V's rows of four tokens are padded.
-  template <int BYTES>
-  static __device__ __forceinline__ void copy_k(unsigned char* to, const uint8_t* from) {
-    for (int i = threadIdx.x % WARP * 16; i < BYTES; i += WARP * 16) copy_async(to + i, from + i);
-  }
-  template <int BYTES>
-  static __device__ __forceinline__ void copy_v(unsigned char* to, const uint8_t* from) {
-    for (int i = threadIdx.x % WARP * 16; i < BYTES; i += WARP * 16) {
-      copy_async(to + i + i / (BYTES / 4) * V_ROW_PADDING, from + i);
-    }
-  }
-
-  // Starts the copies of a quarter of a page.
-  static __device__ __forceinline__ void load(unsigned char* stage, const uint8_t* page,
-                                              int quarter, bool with_v) {
-    constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
-    constexpr int PART = WARP_TOKENS * LANES, HIGH_PART = WARP_TOKENS * HIGH_LANES;
-    copy_k<PART>(stage + K, page + LAYOUT.k_codes + quarter * PART);
-    if (with_v) copy_v<PART>(stage + V, page + LAYOUT.v_codes + quarter * PART);
-    if constexpr (BITS == 3) {
-      const uint8_t* const high = page + PAGE_SIZE * LANES + quarter * HIGH_PART;
-      copy_k<HIGH_PART>(stage + K_HIGH, high + LAYOUT.k_codes);
-      if (with_v) copy_v<HIGH_PART>(stage + V_HIGH, high + LAYOUT.v_codes);
-    }
-    const int lane = threadIdx.x % WARP;
-    if (lane < 4) {
-      copy_async(stage + POSITION + 16 * lane,
-                 page + LAYOUT.position + quarter * 4 * WARP_TOKENS + 16 * lane);
-    } else if (lane < 8) {
-      const int64_t section = lane < 6 ? LAYOUT.k_scale : LAYOUT.v_scale;
-      copy_async(stage + K_SCALE + 16 * (lane - 4),
-                 page + section + quarter * 2 * WARP_TOKENS + lane % 2 * 16);
-    }
-  }
 
   // Byte lanes `lane` (K: and the three behind it), all shifts, of the two rows of this thread.
   // high(l): the words of the plane of high bits at lane l.
@@ -185,31 +143,91 @@ struct CodeTile {
       }
     }
   }
+};
+
+template <int HEAD_DIM, int TIER>
+struct CodeTile {
+  static constexpr PageLayout LAYOUT = page_layout(TIER, HEAD_DIM);
+  static constexpr bool IS_EVEN = LAYOUT.k_bits == LAYOUT.v_bits;
+  using KCodes = CodeSection<HEAD_DIM, LAYOUT.k_bits>;
+  using VCodes = CodeSection<HEAD_DIM, LAYOUT.v_bits>;
+
+  // Of one stage in shared memory. Lanes that fill up a matrix may be read from what lies behind.
+  static constexpr int K = 0;
+  static constexpr int K_HIGH = KCodes::PART;
+  static constexpr int V = K_HIGH + KCodes::HIGH_PART;
+  static constexpr int V_HIGH = V + WARP_TOKENS / 4 * VCodes::V_ROW;
+  static constexpr int K_SCALE =
+      V_HIGH + (LAYOUT.v_bits == 3 ? WARP_TOKENS / 4 * VCodes::V_HIGH_ROW : 0);
+  static constexpr int V_SCALE = K_SCALE + 2 * WARP_TOKENS;
+  static constexpr int POSITION = V_SCALE + 2 * WARP_TOKENS;
+  static constexpr int STAGE_BYTES = POSITION + 4 * WARP_TOKENS;
+
+  // Starts copies of 16 bytes by the lanes of a warp. V's rows of four tokens are padded.
+  template <int BYTES>
+  static __device__ __forceinline__ void copy_k(unsigned char* to, const uint8_t* from) {
+    for (int i = threadIdx.x % WARP * 16; i < BYTES; i += WARP * 16) copy_async(to + i, from + i);
+  }
+  template <int BYTES>
+  static __device__ __forceinline__ void copy_v(unsigned char* to, const uint8_t* from) {
+    for (int i = threadIdx.x % WARP * 16; i < BYTES; i += WARP * 16) {
+      copy_async(to + i + i / (BYTES / 4) * V_ROW_PADDING, from + i);
+    }
+  }
+
+  // Starts the copies of a quarter of a page.
+  static __device__ __forceinline__ void load(unsigned char* stage, const uint8_t* page,
+                                              int quarter, bool with_v) {
+    const uint8_t* const k = page + LAYOUT.k_codes;
+    copy_k<KCodes::PART>(stage + K, k + quarter * KCodes::PART);
+    if constexpr (LAYOUT.k_bits == 3) {
+      copy_k<KCodes::HIGH_PART>(stage + K_HIGH,
+                                k + PAGE_SIZE * KCodes::LANES + quarter * KCodes::HIGH_PART);
+    }
+    if (with_v) {
+      const uint8_t* const v = page + LAYOUT.v_codes;
+      copy_v<VCodes::PART>(stage + V, v + quarter * VCodes::PART);
+      if constexpr (LAYOUT.v_bits == 3) {
+        copy_v<VCodes::HIGH_PART>(stage + V_HIGH,
+                                  v + PAGE_SIZE * VCodes::LANES + quarter * VCodes::HIGH_PART);
+      }
+    }
+    const int lane = threadIdx.x % WARP;
+    if (lane < 4) {
+      copy_async(stage + POSITION + 16 * lane,
+                 page + LAYOUT.position + quarter * 4 * WARP_TOKENS + 16 * lane);
+    } else if (lane < 8) {
+      const int64_t section = lane < 6 ? LAYOUT.k_scale : LAYOUT.v_scale;
+      copy_async(stage + K_SCALE + 16 * (lane - 4),
+                 page + section + quarter * 2 * WARP_TOKENS + lane % 2 * 16);
+    }
+  }
 
   // Matrices of K: tokens 2g, 2g + 1 by the channels from 16 * block + 4t + LANES * shift.
   static __device__ __forceinline__ void k_matrices(const unsigned char* stage, int block,
                                                     const LevelBytes& levels,
-                                                    Fragment (&out)[SHIFTS]) {
+                                                    Fragment (&out)[KCodes::SHIFTS]) {
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     const int lane = block * LANES_PER_MATRIX + 4 * t;
     const auto words_of = [&](int plane, int l) {
       return *reinterpret_cast<const uint2*>(stage + plane + l / 4 * 64 + 8 * g);
     };
-    expand(words_of(K, lane), lane, levels, [&](int l) { return words_of(K_HIGH, l); }, out);
+    KCodes::expand(
+        words_of(K, lane), lane, levels, [&](int l) { return words_of(K_HIGH, l); }, out);
   }
 
   // Matrices of V^T: channels 16 * block + 2g (+ 1) + LANES * shift by the tokens of the quarter.
   static __device__ __forceinline__ void v_matrices(const unsigned char* stage, int block,
                                                     const LevelBytes& levels,
-                                                    Fragment (&out)[SHIFTS]) {
+                                                    Fragment (&out)[VCodes::SHIFTS]) {
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     const int lane = block * LANES_PER_MATRIX + 2 * g;
     const auto words_of = [&](int plane, int row, int l) {
       return *reinterpret_cast<const uint2*>(stage + plane + t * row + 4 * l);
     };
-    expand(
-        words_of(V, V_ROW, lane), lane, levels,
-        [&](int l) { return words_of(V_HIGH, V_HIGH_ROW, l); }, out);
+    VCodes::expand(
+        words_of(V, VCodes::V_ROW, lane), lane, levels,
+        [&](int l) { return words_of(V_HIGH, VCodes::V_HIGH_ROW, l); }, out);
   }
 };
 

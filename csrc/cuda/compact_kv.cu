@@ -1,5 +1,5 @@
 // compact_kv on CUDA. A plan says for every record that moves from where it comes; then, tier after
-// tier in ascending bits, survivors close the holes and demoted records are encoded behind them: a
+// tier from the lowest up, survivors close the holes and demoted records are encoded behind them: a
 // demotion reads a tier that is still as it was.
 #include <algorithm>
 
@@ -158,7 +158,7 @@ __device__ __forceinline__ void move_values(const PageLayout& layout, const Move
 // sectors of K, where a lane moves its own, word by word, and of V, where eight lanes do.
 __device__ __forceinline__ void move_codes(const PageLayout& layout, const Move& mine, int count) {
   const int lane = threadIdx.x % WARP;
-  const Planes planes = code_planes(layout.bits);
+  Planes planes = code_planes(layout.k_bits);
   int64_t start = layout.k_codes;
 #pragma unroll
   for (int i = 0; i < MAX_PLANES; ++i) {
@@ -174,6 +174,7 @@ __device__ __forceinline__ void move_codes(const PageLayout& layout, const Move&
     }
     start += PAGE_SIZE * lanes;
   }
+  planes = code_planes(layout.v_bits);
   for (int first = 0; first < count; first += WARP / LANES_PER_VALUE) {
     const int record = first + lane / LANES_PER_VALUE;
     const Move move = mine.of_lane(record);
@@ -216,36 +217,80 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 6)
         reinterpret_cast<T*>(mine.to + section)[mine.to_slot] =
             reinterpret_cast<const T*>(mine.from + section)[mine.from_slot];
       };
-      if (layout.bits < 16) {
+      if (!layout.is_raw()) {
         move_label(layout.k_scale, uint16_t{});
         move_label(layout.v_scale, uint16_t{});
       }
       move_label(layout.position, int32_t{});
       move_label(layout.score, uint16_t{});
     }
-    layout.bits == 16 ? move_values(layout, mine, count) : move_codes(layout, mine, count);
+    layout.is_raw() ? move_values(layout, mine, count) : move_codes(layout, mine, count);
   }
 }
 
-// Re-encodes a record of `from` bits for a page of TO bits; quantised ones stay rotated.
+// Copies the codes and the scale of this half's row.
+template <int BITS>
+__device__ __forceinline__ void copy_half(const PageLayout& to_layout, uint8_t* to, int to_slot,
+                                          const PageLayout& from_layout, const uint8_t* from,
+                                          int from_slot) {
+  constexpr Planes PLANES = code_planes(BITS);
+  const bool is_v = is_value_half();
+  const int lane = threadIdx.x % HALF_WARP;
+  uint8_t* into = to + (is_v ? to_layout.v_codes : to_layout.k_codes);
+  const uint8_t* out_of = from + (is_v ? from_layout.v_codes : from_layout.k_codes);
+#pragma unroll
+  for (int i = 0; i < PLANES.count; ++i) {
+    const int lanes = plane_lanes(to_layout.head_dim, PLANES.width[i]);
+    const auto offset = [&](int slot, int j) {
+      return is_v ? v_lane_offset(lanes, slot, j) : k_lane_offset(lanes, slot, j);
+    };
+    for (int j = lane; j < lanes; j += HALF_WARP) {
+      into[offset(to_slot, j)] = out_of[offset(from_slot, j)];
+    }
+    into += PAGE_SIZE * lanes;
+    out_of += PAGE_SIZE * lanes;
+  }
+  if (lane != 0) return;
+  const int64_t to_scale = is_v ? to_layout.v_scale : to_layout.k_scale;
+  const int64_t from_scale = is_v ? from_layout.v_scale : from_layout.k_scale;
+  reinterpret_cast<uint16_t*>(to + to_scale)[to_slot] =
+      reinterpret_cast<const uint16_t*>(from + from_scale)[from_slot];
+}
+
+// Re-encodes a record for a page of tier TO; quantised ones stay rotated, and what keeps its bits
+// stays as it is.
 template <int HEAD_DIM, int TO>
-__device__ __forceinline__ void demote_record(const PagedKV& cache, int64_t head, int from_bits,
+__device__ __forceinline__ void demote_record(const PagedKV& cache, int64_t head, int from_tier,
                                               const uint8_t* from, int from_slot,
-                                              const Codebook& from_book, uint8_t* to, int to_slot,
-                                              const Codebook& to_book, CodeScratch& scratch) {
-  if (from_bits == 16) {
+                                              const TierBooks& from_books, uint8_t* to, int to_slot,
+                                              const TierBooks& to_books, CodeScratch& scratch) {
+  if (from_tier == 16) {
     const int64_t row = int64_t{HEAD_DIM} * dtype_size(cache.raw_dtype);
     const uint8_t* const values = from + (is_value_half() ? PAGE_SIZE * row : 0) + from_slot * row;
-    write_row<HEAD_DIM, TO>(to, to_slot, to_book, cache.levels,
+    write_row<HEAD_DIM, TO>(to, to_slot, to_books, cache.levels,
                             reinterpret_cast<const char*>(values), cache.raw_dtype,
                             cache.k_mean + head * HEAD_DIM, scratch);
     return;
   }
   HeadRow<HEAD_DIM> row;
-  if (from_bits == 3) row = read_codes<HEAD_DIM, 3>(from, from_slot, from_book);
-  if (from_bits == 4) row = read_codes<HEAD_DIM, 4>(from, from_slot, from_book);
-  if (from_bits == 8) row = read_codes<HEAD_DIM, 8>(from, from_slot, from_book);
-  write_codes<HEAD_DIM, TO>(to, to_slot, to_book, cache.levels, row, scratch);
+  if (from_tier == 302) row = read_codes<HEAD_DIM, 302>(from, from_slot, from_books);
+  if (from_tier == 3) row = read_codes<HEAD_DIM, 3>(from, from_slot, from_books);
+  if (from_tier == 403) row = read_codes<HEAD_DIM, 403>(from, from_slot, from_books);
+  if (from_tier == 4) row = read_codes<HEAD_DIM, 4>(from, from_slot, from_books);
+  if (from_tier == 8) row = read_codes<HEAD_DIM, 8>(from, from_slot, from_books);
+  write_codes<HEAD_DIM, TO>(to, to_slot, to_books, cache.levels, row, scratch);
+  const PageLayout from_layout = page_layout(from_tier, HEAD_DIM);
+  constexpr PageLayout TO_LAYOUT = page_layout(TO, HEAD_DIM);
+  const bool keeps_k = from_layout.k_bits == TO_LAYOUT.k_bits;
+  const bool keeps_v = from_layout.v_bits == TO_LAYOUT.v_bits;
+  if (!keeps_k && !keeps_v) return;
+  __syncwarp();  // the new codes have been written, and are now replaced
+  if (keeps_k && !is_value_half()) {
+    copy_half<TO_LAYOUT.k_bits>(TO_LAYOUT, to, to_slot, from_layout, from, from_slot);
+  }
+  if (keeps_v && is_value_half()) {
+    copy_half<TO_LAYOUT.v_bits>(TO_LAYOUT, to, to_slot, from_layout, from, from_slot);
+  }
 }
 
 // Encodes what falls to one tier, those of the highest tier first, behind its survivors; then the
@@ -259,8 +304,8 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 2)
   const int64_t head = blockIdx.y, first_list = head * cache.num_tiers;
   if (threadIdx.x == 0) books = codebooks;
   __syncthreads();
-  const int warp = threadIdx.x / WARP, bits = cache.tier_bits[tier];
-  const PageLayout layout = page_layout(bits, HEAD_DIM, dtype_size(cache.raw_dtype));
+  const int warp = threadIdx.x / WARP, kind = cache.tier_bits[tier];
+  const PageLayout layout = page_layout(kind, HEAD_DIM, dtype_size(cache.raw_dtype));
   int end = plan.kept[first_list + tier];
   for (int source = cache.num_tiers - 1; source > tier; --source) {
     const int64_t list = first_list + source;
@@ -274,9 +319,9 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 2)
       const int from_slot = records[i] % PAGE_SIZE, to_slot = (end + i) % PAGE_SIZE;
       const uint8_t* const from = page_of(cache, head, source, records[i]);
       uint8_t* const to = page_of(cache, head, tier, end + i);
-      SMARTKV_BITS_SWITCH(bits, [&] {
-        if constexpr (BITS < 16) {
-          demote_record<HEAD_DIM, BITS>(cache, head, cache.tier_bits[source], from, from_slot,
+      SMARTKV_TIER_SWITCH(kind, [&] {
+        if constexpr (TIER != 16) {
+          demote_record<HEAD_DIM, TIER>(cache, head, cache.tier_bits[source], from, from_slot,
                                         books.of_tier[source], to, to_slot, books.of_tier[tier],
                                         scratch[warp]);
         }

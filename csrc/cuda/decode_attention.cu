@@ -105,19 +105,21 @@ __device__ __forceinline__ void shrink_output(float (&o)[MATRICES][ROW_TILES][4]
   }
 }
 
-template <int HEAD_DIM, int BITS, typename Layout, int ROW_TILES>
+template <int HEAD_DIM, int TIER, typename Layout, int ROW_TILES>
 __device__ __forceinline__ void attend_codes(Block<Layout, ROW_TILES>& block, const Tiles& tiles) {
-  using Tile = CodeTile<HEAD_DIM, BITS>;
+  using Tile = CodeTile<HEAD_DIM, TIER>;
+  using Codes = typename Tile::VCodes;
   const bool precise = block.run.precise, with_v = block.run.p.out != nullptr;
-  const LevelBytes levels = block.run.levels[tiles.tier];
+  const LevelBytes k_levels = block.run.k_levels[tiles.tier];
+  const LevelBytes v_levels = Tile::IS_EVEN ? k_levels : block.run.v_levels[tiles.tier];
   const int g = threadIdx.x % WARP / 4;
   RowState<ROW_TILES> state;
   state.clear();
-  float o[Tile::MATRICES][ROW_TILES][4] = {};
-  walk_codes<HEAD_DIM, BITS>(
+  float o[Codes::MATRICES][ROW_TILES][4] = {};
+  walk_codes<HEAD_DIM, TIER>(
       block, tiles, with_v, [&](const unsigned char* stage, int64_t, const int (&positions)[2]) {
         float scores[ROW_TILES][4];
-        block.template score_codes<HEAD_DIM, BITS>(stage, levels, positions, scores);
+        block.template score_codes<HEAD_DIM, TIER>(stage, k_levels, positions, scores);
         float v_scale[2] = {1, 1};
         if (with_v) {
           const auto* const stored = reinterpret_cast<const __half2*>(stage + Tile::V_SCALE);
@@ -132,14 +134,14 @@ __device__ __forceinline__ void attend_codes(Block<Layout, ROW_TILES>& block, co
         if (!with_v) return;
         shrink_output(o, shrink);
 #pragma unroll
-        for (int lanes = 0; lanes < Tile::BLOCKS; ++lanes) {
-          Fragment values[Tile::SHIFTS];
-          Tile::v_matrices(stage, lanes, levels, values);
+        for (int lanes = 0; lanes < Codes::BLOCKS; ++lanes) {
+          Fragment values[Codes::SHIFTS];
+          Tile::v_matrices(stage, lanes, v_levels, values);
 #pragma unroll
-          for (int u = 0; u < Tile::SHIFTS; ++u) {
+          for (int u = 0; u < Codes::SHIFTS; ++u) {
 #pragma unroll
             for (int n = 0; n < ROW_TILES; ++n) {
-              float (&sum)[4] = o[lanes * Tile::SHIFTS + u][n];
+              float (&sum)[4] = o[lanes * Codes::SHIFTS + u][n];
               multiply_fp16(sum, values[u].at, weights[n][0]);
               if (precise) multiply_fp16(sum, values[u].at, weights[n][1]);
             }
@@ -147,8 +149,8 @@ __device__ __forceinline__ void attend_codes(Block<Layout, ROW_TILES>& block, co
         }
       });
   merge_warps<HEAD_DIM>(block, state, o, [&](int matrix, int row) {
-    const int lane = matrix / Tile::SHIFTS * LANES_PER_MATRIX + 2 * g + row;
-    return is_within(lane, Tile::LANES) ? lane + Tile::LANES * (matrix % Tile::SHIFTS) : -1;
+    const int lane = matrix / Codes::SHIFTS * LANES_PER_MATRIX + 2 * g + row;
+    return is_within(lane, Codes::LANES) ? lane + Codes::LANES * (matrix % Codes::SHIFTS) : -1;
   });
 }
 
@@ -216,21 +218,20 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) decode_attention_kernel(
     const int64_t low = at - unit.begin, high = min(end - unit.begin, unit.cost);
     at = unit.begin + unit.cost;
     bool is_rotated = false;
-    for_each_tier(p, unit.head, low, high, [&](const Tiles& tiles, int bits) {
-      if (bits == 16 && is_rotated) rotate_back<HEAD_DIM>(block);
-      is_rotated = bits < 16;
-      if (bits == 2) attend_codes<HEAD_DIM, 2>(block, tiles);
-      if (bits == 3) attend_codes<HEAD_DIM, 3>(block, tiles);
-      if (bits == 4) attend_codes<HEAD_DIM, 4>(block, tiles);
-      if (bits == 8) attend_codes<HEAD_DIM, 8>(block, tiles);
-      if (bits < 16) return;
-      if constexpr (IS_FLOAT32) {
-        attend_dense<HEAD_DIM, DType::FLOAT32>(block, tiles);
-      } else if (p.q.dtype == DType::BFLOAT16) {
-        attend_dense<HEAD_DIM, DType::BFLOAT16>(block, tiles);
-      } else {
-        attend_dense<HEAD_DIM, DType::FLOAT16>(block, tiles);
-      }
+    for_each_tier(p, unit.head, low, high, [&](const Tiles& tiles, int kind) {
+      if (kind == 16 && is_rotated) rotate_back<HEAD_DIM>(block);
+      is_rotated = kind != 16;
+      SMARTKV_TIER_SWITCH(kind, [&] {
+        if constexpr (TIER != 16) {
+          attend_codes<HEAD_DIM, TIER>(block, tiles);
+        } else if constexpr (IS_FLOAT32) {
+          attend_dense<HEAD_DIM, DType::FLOAT32>(block, tiles);
+        } else if (p.q.dtype == DType::BFLOAT16) {
+          attend_dense<HEAD_DIM, DType::BFLOAT16>(block, tiles);
+        } else {
+          attend_dense<HEAD_DIM, DType::FLOAT16>(block, tiles);
+        }
+      });
     });
     if (is_rotated) rotate_back<HEAD_DIM>(block);
     const int64_t part = (blockIdx.x + unit.index) * Layout::ROWS;

@@ -30,23 +30,23 @@ __device__ __forceinline__ void copy_page(uint8_t* to, const uint8_t* from, int6
 
 // A warp per token, pages of fewer than 16 bits built in shared memory so that they leave in
 // accesses of 16 bytes. grid_shape: [min(batch * num_kv_heads * num_pages, most_blocks())].
-template <int HEAD_DIM, int BITS>
+template <int HEAD_DIM, int TIER>
 __global__ void __launch_bounds__(THREADS, quantize_blocks(HEAD_DIM))
-    quantize_kv_kernel(QuantizeParams p, Codebook codebook, int64_t num_pages) {
+    quantize_kv_kernel(QuantizeParams p, TierBooks codebooks, int64_t num_pages) {
   SMARTKV_SHARED(scratch, CodeScratch[WARPS_PER_BLOCK]);
-  SMARTKV_SHARED(book, Codebook);
+  SMARTKV_SHARED(books, TierBooks);
   SMARTKV_DYNAMIC_SHARED(image, uint8_t);
-  const PageLayout layout = page_layout(BITS, HEAD_DIM, dtype_size(p.k.dtype));
+  const PageLayout layout = page_layout(TIER, HEAD_DIM, dtype_size(p.k.dtype));
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  if (threadIdx.x == 0) book = codebook;
+  if (threadIdx.x == 0) books = codebooks;
   const int64_t items = int64_t{p.batch} * p.num_kv_heads * num_pages;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t head = item / num_pages, first = item % num_pages * PAGE_SIZE;
     const int64_t b = head / p.num_kv_heads, h = head % p.num_kv_heads;
     uint8_t* const out = p.pages + item * p.page_bytes;
-    uint8_t* const page = BITS == 16 ? out : image;
+    uint8_t* const page = TIER == 16 ? out : image;
     // No barrier: a thread clears what itself has copied out of the page before this one.
-    if (BITS < 16 || first + PAGE_SIZE > p.kv_len) {
+    if (TIER != 16 || first + PAGE_SIZE > p.kv_len) {
       for (int64_t i = threadIdx.x; i < p.page_bytes / 16; i += THREADS) {
         reinterpret_cast<uint4*>(page)[i] = make_uint4(0, 0, 0, 0);
       }
@@ -59,35 +59,35 @@ __global__ void __launch_bounds__(THREADS, quantize_blocks(HEAD_DIM))
         continue;
       }
       const char* const row = is_value_half() ? row_of(p.v, b, h, n) : row_of(p.k, b, h, n);
-      write_row<HEAD_DIM, BITS>(page, slot, book, p.levels, row, p.k.dtype,
+      write_row<HEAD_DIM, TIER>(page, slot, books, p.levels, row, p.k.dtype,
                                 p.k_mean + head * HEAD_DIM, scratch[warp]);
       const int64_t token = head * p.kv_len + n;
       if (lane == 0) {
         write_label(page, layout, slot, p.positions[token], score_bits(p.scores[token]));
       }
     }
-    if (BITS == 16) continue;
+    if (TIER == 16) continue;
     __syncthreads();
     copy_page(out, image, p.page_bytes);
   }
 }
 
 // A warp per token. grid_shape: as above.
-template <int HEAD_DIM, int BITS>
+template <int HEAD_DIM, int TIER>
 __global__ void __launch_bounds__(THREADS, dequantize_blocks(HEAD_DIM))
-    dequantize_kv_kernel(DequantizeParams p, Codebook codebook) {
-  SMARTKV_SHARED(book, Codebook);
+    dequantize_kv_kernel(DequantizeParams p, TierBooks codebooks) {
+  SMARTKV_SHARED(books, TierBooks);
   SMARTKV_DYNAMIC_SHARED(image, uint8_t);
-  const PageLayout layout = page_layout(BITS, HEAD_DIM, dtype_size(p.dtype));
+  const PageLayout layout = page_layout(TIER, HEAD_DIM, dtype_size(p.dtype));
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % HALF_WARP;
   const bool is_v = is_value_half();
   void* const out = is_v ? p.v : p.k;
-  if (threadIdx.x == 0) book = codebook;
+  if (threadIdx.x == 0) books = codebooks;
   const int64_t items = int64_t{p.batch} * p.num_kv_heads * p.num_pages;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const uint8_t* const page = p.pages + item * p.page_bytes;
     const int64_t first = item * PAGE_SIZE * HEAD_DIM;
-    if constexpr (BITS == 16) {
+    if constexpr (TIER == 16) {
       const int64_t offset = first * dtype_size(p.dtype);
       copy_page(static_cast<uint8_t*>(p.k) + offset, page + layout.k_codes, layout.v_codes);
       copy_page(static_cast<uint8_t*>(p.v) + offset, page + layout.v_codes, layout.v_codes);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(THREADS, dequantize_blocks(HEAD_DIM))
       __syncthreads();
       const float* const k_mean = p.k_mean + item / p.num_pages * HEAD_DIM;
       for (int slot = warp; slot < PAGE_SIZE; slot += WARPS_PER_BLOCK) {
-        HeadRow<HEAD_DIM> row = read_codes<HEAD_DIM, BITS>(image, slot, book);
+        HeadRow<HEAD_DIM> row = read_codes<HEAD_DIM, TIER>(image, slot, books);
         rotate(row, true);
 #pragma unroll
         for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(THREADS, dequantize_blocks(HEAD_DIM))
 // Kernel launchers
 
 // Of a page that is built, or read, in shared memory.
-int64_t image_bytes(int bits, int64_t page_bytes) { return bits == 16 ? 0 : page_bytes; }
+int64_t image_bytes(int tier, int64_t page_bytes) { return tier == 16 ? 0 : page_bytes; }
 
 }  // namespace
 
@@ -123,10 +123,10 @@ const char* quantize_kv_cuda(const QuantizeParams& p, void* stream) {
   if (items == 0) return nullptr;
   const auto grid = static_cast<unsigned>(std::min(items, most_blocks()));
   SMARTKV_HEAD_DIM_SWITCH(p.head_dim, [&] {
-    SMARTKV_BITS_SWITCH(p.bits, [&] {
-      SMARTKV_LAUNCH((quantize_kv_kernel<HEAD_DIM, BITS>), grid, THREADS,
-                     image_bytes(p.bits, p.page_bytes), static_cast<cudaStream_t>(stream), p,
-                     make_codebook(p.bits, p.levels), num_pages);
+    SMARTKV_TIER_SWITCH(p.tier, [&] {
+      SMARTKV_LAUNCH((quantize_kv_kernel<HEAD_DIM, TIER>), grid, THREADS,
+                     image_bytes(p.tier, p.page_bytes), static_cast<cudaStream_t>(stream), p,
+                     make_tier_books(p.tier, p.levels), num_pages);
     });
   });
   return launch_error();
@@ -137,10 +137,10 @@ const char* dequantize_kv_cuda(const DequantizeParams& p, void* stream) {
   if (items == 0) return nullptr;
   const auto grid = static_cast<unsigned>(std::min(items, most_blocks()));
   SMARTKV_HEAD_DIM_SWITCH(p.head_dim, [&] {
-    SMARTKV_BITS_SWITCH(p.bits, [&] {
-      SMARTKV_LAUNCH((dequantize_kv_kernel<HEAD_DIM, BITS>), grid, THREADS,
-                     image_bytes(p.bits, p.page_bytes), static_cast<cudaStream_t>(stream), p,
-                     make_codebook(p.bits, p.levels));
+    SMARTKV_TIER_SWITCH(p.tier, [&] {
+      SMARTKV_LAUNCH((dequantize_kv_kernel<HEAD_DIM, TIER>), grid, THREADS,
+                     image_bytes(p.tier, p.page_bytes), static_cast<cudaStream_t>(stream), p,
+                     make_tier_books(p.tier, p.levels));
     });
   });
   return launch_error();

@@ -10,13 +10,20 @@ namespace smartkv {
 constexpr float LARGEST_HALF = 65504.0f;
 
 // Tables of the tiers of a cache, by value among the arguments of a kernel.
-struct Codebooks {
-  Codebook of_tier[MAX_TIERS];
+struct TierBooks {
+  Codebook k, v;
 };
+struct Codebooks {
+  TierBooks of_tier[MAX_TIERS];
+};
+
+inline TierBooks make_tier_books(int tier, Levels levels) {
+  return {make_codebook(k_bits_of(tier), levels), make_codebook(v_bits_of(tier), levels)};
+}
 
 inline Codebooks make_codebooks(const int* tier_bits, int num_tiers, Levels levels) {
   Codebooks books{};
-  for (int t = 0; t < num_tiers; ++t) books.of_tier[t] = make_codebook(tier_bits[t], levels);
+  for (int t = 0; t < num_tiers; ++t) books.of_tier[t] = make_tier_books(tier_bits[t], levels);
   return books;
 }
 
@@ -43,10 +50,14 @@ __device__ __forceinline__ int count_below(const float (&m)[COUNT], float x) {
   }
 }
 
-// Codes of the row into `codes`; the scale before it is rounded.
-template <int HEAD_DIM, int BITS>
+// Codes of the row into `codes`; the scale before it is rounded. Both halves of the warp run the
+// same instructions, whichever bits they have: midpoints behind the last are infinite.
+template <int HEAD_DIM, int TIER>
 __device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, bool is_v,
                                             const Codebook& book, Levels levels, uint8_t* codes) {
+  constexpr int K_BITS = k_bits_of(TIER), V_BITS = v_bits_of(TIER);
+  constexpr int BITS = constexpr_max(K_BITS, V_BITS);
+  static_assert((K_BITS == 8) == (V_BITS == 8));
   constexpr int ROWS = HEAD_DIM / HALF_WARP;
   const int lane = threadIdx.x % HALF_WARP;
   const bool gaussian = BITS < 8 && levels == Levels::GAUSSIAN;
@@ -59,8 +70,9 @@ __device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, bool is_
   sum = sum_lanes<HALF_WARP>(sum);
   const float mean = sum / static_cast<float>(HEAD_DIM);
   top = max_lanes<HALF_WARP>(top);
-  const float scale = gaussian ? __fmul_rn(sqrtf(mean), gaussian_unit(BITS))
-                               : top / (BITS == 8 ? 127 : (1 << BITS) - 1);
+  const float unit = is_v ? gaussian_unit(V_BITS) : gaussian_unit(K_BITS);
+  const int outermost = BITS == 8 ? 127 : (1 << (is_v ? V_BITS : K_BITS)) - 1;
+  const float scale = gaussian ? __fmul_rn(sqrtf(mean), unit) : top / static_cast<float>(outermost);
   const float inverse = scale > 0 ? 1 / scale : 0.0f;
   float product = 0, square = 0;
   if constexpr (BITS == 8) {
@@ -120,19 +132,25 @@ __device__ __forceinline__ void pack_codes(uint8_t* section, int slot, const uin
   }
 }
 
-template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void write_codes(uint8_t* page, int slot, const Codebook& book,
+template <int HEAD_DIM, int TIER>
+__device__ __forceinline__ void write_codes(uint8_t* page, int slot, const TierBooks& books,
                                             Levels levels, const HeadRow<HEAD_DIM>& row,
                                             CodeScratch& scratch) {
-  constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+  constexpr PageLayout LAYOUT = page_layout(TIER, HEAD_DIM);
   const bool is_v = is_value_half();
   uint8_t* const codes = scratch.codes[is_v];
   const int lane = threadIdx.x % HALF_WARP;
   __syncwarp();  // the record before this one is packed
   codes[HEAD_DIM + lane] = 0;
-  const float scale = encode_row<HEAD_DIM, BITS>(row, is_v, book, levels, codes);
+  const float scale =
+      encode_row<HEAD_DIM, TIER>(row, is_v, is_v ? books.v : books.k, levels, codes);
   __syncwarp();
-  pack_codes<HEAD_DIM, BITS>(page + (is_v ? LAYOUT.v_codes : LAYOUT.k_codes), slot, codes);
+  uint8_t* const section = page + (is_v ? LAYOUT.v_codes : LAYOUT.k_codes);
+  if (LAYOUT.k_bits == LAYOUT.v_bits || !is_v) {
+    pack_codes<HEAD_DIM, LAYOUT.k_bits>(section, slot, codes);
+  } else {
+    pack_codes<HEAD_DIM, LAYOUT.v_bits>(section, slot, codes);
+  }
   if (lane == 0) {
     __half* const scales =
         reinterpret_cast<__half*>(page + (is_v ? LAYOUT.v_scale : LAYOUT.k_scale));
@@ -141,13 +159,13 @@ __device__ __forceinline__ void write_codes(uint8_t* page, int slot, const Codeb
 }
 
 // Values of the model's dtype: this half's row (of the key or of the value) into a page.
-template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void write_row(uint8_t* page, int slot, const Codebook& book,
+template <int HEAD_DIM, int TIER>
+__device__ __forceinline__ void write_row(uint8_t* page, int slot, const TierBooks& books,
                                           Levels levels, const char* values, DType dtype,
                                           const float* k_mean, CodeScratch& scratch) {
   const bool is_v = is_value_half();
   const int lane = threadIdx.x % HALF_WARP;
-  if constexpr (BITS == 16) {
+  if constexpr (TIER == 16) {
     const int64_t section = int64_t{PAGE_SIZE} * HEAD_DIM * dtype_size(dtype);
     uint8_t* const to = page + (is_v ? section : 0);
     for (int c = lane; c < HEAD_DIM; c += HALF_WARP) {
@@ -166,21 +184,15 @@ __device__ __forceinline__ void write_row(uint8_t* page, int slot, const Codeboo
       row.at[r] = load_value(values, dtype, c) - (is_v ? 0.0f : k_mean[c]);
     }
     rotate(row, false);
-    write_codes<HEAD_DIM, BITS>(page, slot, book, levels, row, scratch);
+    write_codes<HEAD_DIM, TIER>(page, slot, books, levels, row, scratch);
   }
 }
 
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ HeadRow<HEAD_DIM> read_codes(const uint8_t* page, int slot,
-                                                        const Codebook& book) {
-  constexpr PageLayout LAYOUT = page_layout(BITS, HEAD_DIM);
+__device__ __forceinline__ void read_section(const uint8_t* section, int slot, float scale,
+                                             const Codebook& book, HeadRow<HEAD_DIM>& row) {
   constexpr Planes PLANES = code_planes(BITS);
   const bool is_v = is_value_half();
-  const __half* const scales =
-      reinterpret_cast<const __half*>(page + (is_v ? LAYOUT.v_scale : LAYOUT.k_scale));
-  const float scale = to_float(scales[slot]);
-  const uint8_t* const section = page + (is_v ? LAYOUT.v_codes : LAYOUT.k_codes);
-  HeadRow<HEAD_DIM> row;
 #pragma unroll
   for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
     const int c = static_cast<int>(threadIdx.x) % HALF_WARP + HALF_WARP * r;
@@ -195,6 +207,24 @@ __device__ __forceinline__ HeadRow<HEAD_DIM> read_codes(const uint8_t* page, int
     }
     const float level = BITS == 8 ? static_cast<float>(code - 128) : book.level[code & 15];
     row.at[r] = __fmul_rn(level, scale);
+  }
+}
+
+template <int HEAD_DIM, int TIER>
+__device__ __forceinline__ HeadRow<HEAD_DIM> read_codes(const uint8_t* page, int slot,
+                                                        const TierBooks& books) {
+  constexpr PageLayout LAYOUT = page_layout(TIER, HEAD_DIM);
+  const bool is_v = is_value_half();
+  const __half* const scales =
+      reinterpret_cast<const __half*>(page + (is_v ? LAYOUT.v_scale : LAYOUT.k_scale));
+  const float scale = to_float(scales[slot]);
+  const uint8_t* const section = page + (is_v ? LAYOUT.v_codes : LAYOUT.k_codes);
+  const Codebook& book = is_v ? books.v : books.k;
+  HeadRow<HEAD_DIM> row;
+  if (LAYOUT.k_bits == LAYOUT.v_bits || !is_v) {
+    read_section<HEAD_DIM, LAYOUT.k_bits>(section, slot, scale, book, row);
+  } else {
+    read_section<HEAD_DIM, LAYOUT.v_bits>(section, slot, scale, book, row);
   }
   return row;
 }

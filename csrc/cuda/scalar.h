@@ -6,6 +6,8 @@
 
 namespace smartkv {
 
+constexpr int constexpr_max(int a, int b) { return a > b ? a : b; }
+
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
@@ -101,28 +103,36 @@ __device__ __forceinline__ float max_lanes(float x) {
     }                                          \
   }()
 
-// The same for the bits of a tier.
-#define SMARTKV_BITS_SWITCH(bits, ...) \
+// The same for a tier.
+#define SMARTKV_TIER_SWITCH(tier, ...) \
   [&] {                                \
-    switch (bits) {                    \
+    switch (tier) {                    \
       case 2: {                        \
-        constexpr int BITS = 2;        \
+        constexpr int TIER = 2;        \
+        return __VA_ARGS__();          \
+      }                                \
+      case 302: {                      \
+        constexpr int TIER = 302;      \
         return __VA_ARGS__();          \
       }                                \
       case 3: {                        \
-        constexpr int BITS = 3;        \
+        constexpr int TIER = 3;        \
+        return __VA_ARGS__();          \
+      }                                \
+      case 403: {                      \
+        constexpr int TIER = 403;      \
         return __VA_ARGS__();          \
       }                                \
       case 4: {                        \
-        constexpr int BITS = 4;        \
+        constexpr int TIER = 4;        \
         return __VA_ARGS__();          \
       }                                \
       case 8: {                        \
-        constexpr int BITS = 8;        \
+        constexpr int TIER = 8;        \
         return __VA_ARGS__();          \
       }                                \
       default: {                       \
-        constexpr int BITS = 16;       \
+        constexpr int TIER = 16;       \
         return __VA_ARGS__();          \
       }                                \
     }                                  \

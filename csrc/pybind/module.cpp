@@ -34,13 +34,15 @@ void check_one_of(const char* name, int value, const std::vector<int>& accepted)
                         std::to_string(value));
 }
 
-py::dict layout_dict(int bits, int head_dim, int itemsize) {
-  check_one_of("bits", bits, as_vector(BITS));
+py::dict layout_dict(int tier, int head_dim, int itemsize) {
+  check_one_of("tier", tier, as_vector(TIERS));
   check_one_of("head_dim", head_dim, as_vector(HEAD_DIMS));
   check_one_of("itemsize", itemsize, {2, 4});
-  const PageLayout layout = page_layout(bits, head_dim, itemsize);
+  const PageLayout layout = page_layout(tier, head_dim, itemsize);
   py::dict out;
-  out["bits"] = layout.bits;
+  out["tier"] = layout.tier;
+  out["k_bits"] = layout.k_bits;
+  out["v_bits"] = layout.v_bits;
   out["head_dim"] = layout.head_dim;
   out["itemsize"] = layout.itemsize;
   out["k_codes"] = layout.k_codes;
@@ -82,7 +84,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("PAGE_SIZE") = smartkv::PAGE_SIZE;
   m.attr("PAGE_FORMAT_VERSION") = smartkv::PAGE_FORMAT_VERSION;
   m.attr("MAX_TIERS") = smartkv::MAX_TIERS;
-  m.attr("BITS") = py::tuple(py::cast(smartkv::as_vector(smartkv::BITS)));
+  m.attr("TIERS") = py::tuple(py::cast(smartkv::as_vector(smartkv::TIERS)));
   m.attr("HEAD_DIMS") = py::tuple(py::cast(smartkv::as_vector(smartkv::HEAD_DIMS)));
   m.def("build_info", &smartkv::build_info,
         "Version, compiler, flags, and whether CUDA was built.");
@@ -92,7 +94,7 @@ PYBIND11_MODULE(_core, m) {
         "Kernel sets that this CPU can run, best first.");
   m.def("kernel_set_name", &smartkv::kernel_set_name,
         "The kernel set of this process. RuntimeError if SMARTKV_ISA names one that cannot run.");
-  m.def("page_layout", &smartkv::layout_dict, py::arg("bits"), py::arg("head_dim"),
+  m.def("page_layout", &smartkv::layout_dict, py::arg("tier"), py::arg("head_dim"),
         py::arg("itemsize") = 2, "Byte offsets of the sections of a page, and its size.");
   m.def("level_table", &smartkv::level_table, py::arg("bits"), py::arg("levels"),
         "The 2**bits reconstruction levels, ascending.");

@@ -2,6 +2,8 @@
 // and the comparison of any kernel set with it.
 #pragma once
 
+#include <sstream>
+
 #include "testing.h"
 
 namespace smartkv {
@@ -201,6 +203,12 @@ inline double tolerance_of(Precision precision) {
   return precision == Precision::FLOAT32 ? 2e-5 : precision == Precision::INT16 ? 1e-3 : 6e-2;
 }
 
+inline std::string tiers_text(const std::vector<int>& tiers) {
+  std::ostringstream text;
+  for (int tier : tiers) text << tier << " ";
+  return text.str();
+}
+
 inline void check_decode(Problem& problem, const KernelTable& kernels, int threads, bool with_mass,
                          Precision precision = Precision::FLOAT32) {
   const Case& c = problem.c;
@@ -227,8 +235,11 @@ inline void check_decode(Problem& problem, const KernelTable& kernels, int threa
     const int64_t first = out.index(b, h * c.groups, 0);
     for (size_t i = 0; i < expected.out.size(); ++i) {
       CHECK(is_close(out.get(first + i), expected.out[i], tolerance),
-            "%s: head_dim %d, %d threads, head %d: %g, not %g", kernels.name, c.head_dim, threads,
-            head, out.get(first + i), expected.out[i]);
+            "%s: tiers %s, head_dim %d, q_len %d, groups %d, precision %d, %d threads, head %d: "
+            "%g, not %g",
+            kernels.name, tiers_text(problem.cache.bits).c_str(), c.head_dim,
+            static_cast<int>(c.q_len), c.groups, static_cast<int>(precision), threads, head,
+            out.get(first + i), expected.out[i]);
     }
     for (size_t i = 0; i < expected.lse.size(); ++i) {
       const double got = lse[first / c.head_dim + i];

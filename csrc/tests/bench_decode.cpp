@@ -77,7 +77,7 @@ struct Cache {
     k_mean.assign(NUM_KV_HEADS * head_dim, 0.01f);
     view.pools[0] = base;
     view.page_bytes[0] = layout.page_bytes;
-    view.tier_bits[0] = layout.bits;
+    view.tier_bits[0] = layout.tier;
     view.num_tiers = 1;
     view.block_table = table.data();
     view.cache_seqlens = seqlens.data();
@@ -96,11 +96,11 @@ struct Cache {
       const auto position = static_cast<int32_t>(page % (pages / NUM_KV_HEADS) * PAGE_SIZE + s);
       std::memcpy(at + layout.position + 4 * s, &position, 4);
       const uint16_t scale = 0x2000;  // about 0.008
-      if (layout.bits == 16) continue;
+      if (layout.is_raw()) continue;
       std::memcpy(at + layout.k_scale + 2 * s, &scale, 2);
       std::memcpy(at + layout.v_scale + 2 * s, &scale, 2);
     }
-    if (layout.bits < 16) return;
+    if (!layout.is_raw()) return;
     for (int64_t i = 0; i < layout.position; i += 2) at[i + 1] = (at[i + 1] & 0x80) | 0x3e;
   }
 };

@@ -21,7 +21,7 @@ void test_decode() {
   const int threads[] = {1, 2, 3, 7};
   int turn = 0;
   for (int head_dim : HEAD_DIMS) {
-    for (int bits : BITS) {
+    for (int bits : TIERS) {
       for (int64_t q_len : {1, 2, 3, 9}) {
         const DType dtype = dtypes[turn % 3];
         const int64_t window = turn % 4 == 0 ? 0 : turn % 4 == 1 ? 70 : 13;
@@ -45,7 +45,8 @@ void test_mixed_tiers() {
   for (int threads : {1, 2, 3, 7}) {
     for (int64_t q_len : {1, 5, 40}) {
       const Case c{2, 2, 3, 128, DType::FLOAT32, q_len, 75, 150, threads == 2 ? 64 : 0};
-      Problem problem(c, {2, 3, 4, 8, 16}, {0, 1, 63, 64, 65, 130}, Levels::GAUSSIAN);
+      Problem problem(c, {std::begin(TIERS), std::end(TIERS)}, {0, 1, 63, 64, 65, 130},
+                      Levels::GAUSSIAN);
       for (const KernelTable* kernels : testing::all_kernels()) {
         for (Precision precision : PRECISIONS) {
           check_decode(problem, *kernels, threads, true, precision);
@@ -65,7 +66,7 @@ void test_mixed_tiers() {
 // Groups of five to eight query heads: one pass over the codes serves them all.
 void test_wide_groups() {
   for (int groups : {5, 6, 7, 8}) {
-    for (int bits : BITS) {
+    for (int bits : TIERS) {
       const Case c{1, 2, groups, groups % 2 ? 64 : 128, DType::BFLOAT16, 1, 13, 140, 0};
       Problem problem(c, {bits}, {130, 63}, Levels::GAUSSIAN);
       for (const KernelTable* kernels : testing::all_kernels()) {

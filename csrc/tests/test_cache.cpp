@@ -8,10 +8,10 @@ using testing::Dense;
 namespace {
 
 std::vector<uint8_t> quantize(const KernelTable& kernels, const Dense& k, const Dense& v,
-                              const std::vector<float>& k_mean, int bits, Levels levels,
+                              const std::vector<float>& k_mean, int tier, Levels levels,
                               int threads) {
   const int64_t heads = int64_t{k.batch} * k.heads, pages = (k.n + PAGE_SIZE - 1) / PAGE_SIZE;
-  const PageLayout layout = page_layout(bits, k.head_dim, dtype_size(k.dtype));
+  const PageLayout layout = page_layout(tier, k.head_dim, dtype_size(k.dtype));
   // Whatever was there before: every byte of a page is written.
   std::vector<uint8_t> out(heads * pages * layout.page_bytes,
                            static_cast<uint8_t>(testing::random_int(0, 255)));
@@ -23,21 +23,21 @@ std::vector<uint8_t> quantize(const KernelTable& kernels, const Dense& k, const 
   }
   kernels.quantize_kv(
       {k.view(), v.view(), k_mean.data(), positions.data(), scores.data(), out.data(),
-       layout.page_bytes, k.batch, k.heads, k.head_dim, bits, k.n, levels},
+       layout.page_bytes, k.batch, k.heads, k.head_dim, tier, k.n, levels},
       testing::parallel(threads));
   return out;
 }
 
 // Relative squared error of what dequantize_kv gives back.
 double round_trip_error(const KernelTable& kernels, const Dense& k, const Dense& v,
-                        std::vector<float>& k_mean, int bits, Levels levels) {
-  std::vector<uint8_t> pages = quantize(kernels, k, v, k_mean, bits, levels, 2);
+                        std::vector<float>& k_mean, int tier, Levels levels) {
+  std::vector<uint8_t> pages = quantize(kernels, k, v, k_mean, tier, levels, 2);
   const int64_t num_pages = (k.n + PAGE_SIZE - 1) / PAGE_SIZE;
   Dense k_out(k.dtype, k.batch, k.heads, num_pages * PAGE_SIZE, k.head_dim), v_out = k_out;
-  const PageLayout layout = page_layout(bits, k.head_dim, dtype_size(k.dtype));
+  const PageLayout layout = page_layout(tier, k.head_dim, dtype_size(k.dtype));
   kernels.dequantize_kv(
       {pages.data(), layout.page_bytes, k_mean.data(), k_out.bytes.data(), v_out.bytes.data(),
-       k.dtype, k.batch, k.heads, k.head_dim, bits, num_pages, levels},
+       k.dtype, k.batch, k.heads, k.head_dim, tier, num_pages, levels},
       testing::parallel(3));
   double error = 0, power = 0;
   for (int b = 0; b < k.batch; ++b) {
@@ -53,6 +53,15 @@ double round_trip_error(const KernelTable& kernels, const Dense& k, const Dense&
   return error / power;
 }
 
+double error_bound(int bits, Levels levels) {
+  const bool gaussian = levels == Levels::GAUSSIAN;
+  return bits == 2   ? gaussian ? 0.13 : 0.45
+         : bits == 3 ? gaussian ? 0.04 : 0.08
+         : bits == 4 ? gaussian ? 0.012 : 0.02
+         : bits == 8 ? 2e-4
+                     : 0.0;
+}
+
 void test_quantize(int head_dim, DType dtype) {
   Dense k(dtype, 2, 2, 130, head_dim), v = k;
   k.fill_normal();
@@ -60,20 +69,17 @@ void test_quantize(int head_dim, DType dtype) {
   for (int c = 0; c < head_dim; ++c) v.set(c, 0);  // a token of zeros must not divide by zero
   std::vector<float> k_mean = testing::normals(4 * head_dim);
   for (Levels levels : {Levels::UNIFORM, Levels::GAUSSIAN}) {
-    for (int bits : BITS) {
+    for (int tier : TIERS) {
       const auto sets = testing::all_kernels();
-      const std::vector<uint8_t> expected = quantize(*sets[0], k, v, k_mean, bits, levels, 1);
+      const std::vector<uint8_t> expected = quantize(*sets[0], k, v, k_mean, tier, levels, 1);
       for (const KernelTable* kernels : sets) {
-        CHECK(quantize(*kernels, k, v, k_mean, bits, levels, 3) == expected,
-              "%s: %d bits, head_dim %d", kernels->name, bits, head_dim);
+        CHECK(quantize(*kernels, k, v, k_mean, tier, levels, 3) == expected,
+              "%s: tier %d, head_dim %d", kernels->name, tier, head_dim);
         // Gaussian quantisers leave 0.1175, 0.0345, 0.0095; uniform ones somewhat more.
-        const double bound = bits == 2   ? levels == Levels::GAUSSIAN ? 0.13 : 0.45
-                             : bits == 3 ? levels == Levels::GAUSSIAN ? 0.04 : 0.08
-                             : bits == 4 ? levels == Levels::GAUSSIAN ? 0.012 : 0.02
-                             : bits == 8 ? 2e-4
-                                         : 0.0;
-        const double error = round_trip_error(*kernels, k, v, k_mean, bits, levels);
-        CHECK(error <= bound, "%s: %d bits, head_dim %d: error %g", kernels->name, bits, head_dim,
+        const double bound =
+            (error_bound(k_bits_of(tier), levels) + error_bound(v_bits_of(tier), levels)) / 2;
+        const double error = round_trip_error(*kernels, k, v, k_mean, tier, levels);
+        CHECK(error <= bound, "%s: tier %d, head_dim %d: error %g", kernels->name, tier, head_dim,
               error);
       }
     }
@@ -82,26 +88,26 @@ void test_quantize(int head_dim, DType dtype) {
 
 // Appending tokens one tier at a time must give the bytes of quantize_kv.
 void test_append(const KernelTable& kernels, int head_dim, DType dtype) {
-  const std::vector<int> bits = {2, 3, 4, 8, 16};
+  const std::vector<int> bits(std::begin(TIERS), std::end(TIERS));
   Cache cache(bits, 1, 2, head_dim, 3, dtype, Levels::GAUSSIAN);
   Dense k(dtype, 1, 2, 150, head_dim), v = k;
   k.fill_normal();
   v.fill_normal();
   std::vector<int8_t> tiers(300);
-  for (int8_t& t : tiers) t = static_cast<int8_t>(testing::random_int(-1, 4));
+  for (int8_t& t : tiers) t = static_cast<int8_t>(testing::random_int(-1, MAX_TIERS - 1));
   cache.append(kernels, k, v, tiers, 1000, 2);
   for (int h = 0; h < 2; ++h) {
-    std::vector<int> counts(5);
+    std::vector<int> counts(MAX_TIERS);
     for (int i = 0; i < 150; ++i) {
       const int t = tiers[h * 150 + i];
       if (t < 0) continue;
       CHECK(cache.position(h, t, counts[t]++) == 1000 + i);
     }
-    for (int t = 0; t < 5; ++t) CHECK(cache.length(h, t) == counts[t]);
+    for (int t = 0; t < MAX_TIERS; ++t) CHECK(cache.length(h, t) == counts[t]);
   }
   Dense row_k(dtype, 1, 1, 64, head_dim), row_v = row_k, one_k(dtype, 1, 1, 1, head_dim),
                                           one_v = one_k;
-  for (int t = 0; t < 5; ++t) {
+  for (int t = 0; t < MAX_TIERS; ++t) {
     cache.read(kernels, 1, t, 0, row_k, row_v);
     const int first = static_cast<int>(
         std::find(tiers.begin() + 150, tiers.end(), static_cast<int8_t>(t)) - tiers.begin() - 150);
@@ -150,25 +156,25 @@ std::vector<std::vector<int>> compact_model(const std::vector<std::vector<int>>&
 }
 
 void test_compact(const KernelTable& kernels, int head_dim, DType dtype, int keep_percent) {
-  Cache cache({2, 3, 4, 8, 16}, 1, 2, head_dim, 5, dtype, Levels::GAUSSIAN);
+  Cache cache({std::begin(TIERS), std::end(TIERS)}, 1, 2, head_dim, 5, dtype, Levels::GAUSSIAN);
   Dense k(dtype, 1, 2, 200, head_dim), v = k;
   k.fill_normal();
   v.fill_normal();
   std::vector<int8_t> tiers(400);
-  for (int8_t& t : tiers) t = static_cast<int8_t>(testing::random_int(0, 4));
+  for (int8_t& t : tiers) t = static_cast<int8_t>(testing::random_int(0, MAX_TIERS - 1));
   cache.append(kernels, k, v, tiers, 0);
   const int64_t capacity = cache.max_pages * PAGE_SIZE;
-  std::vector<int8_t> flat(2 * 5 * capacity, 77);
+  std::vector<int8_t> flat(2 * MAX_TIERS * capacity, 77);
   std::vector<std::vector<std::vector<int>>> expected;
   for (int h = 0; h < 2; ++h) {
-    std::vector<std::vector<int>> records(5);
-    std::vector<std::vector<int8_t>> targets(5);
-    for (int t = 0; t < 5; ++t) {
+    std::vector<std::vector<int>> records(MAX_TIERS);
+    std::vector<std::vector<int8_t>> targets(MAX_TIERS);
+    for (int t = 0; t < MAX_TIERS; ++t) {
       for (int i = 0; i < cache.length(h, t); ++i) {
         records[t].push_back(cache.position(h, t, i));
         const bool keep = testing::random_int(0, 99) < keep_percent;
         targets[t].push_back(static_cast<int8_t>(keep ? t : testing::random_int(-1, t)));
-        flat[(h * 5 + t) * capacity + i] = targets[t].back();
+        flat[(h * MAX_TIERS + t) * capacity + i] = targets[t].back();
       }
     }
     expected.push_back(compact_model(records, targets));
@@ -176,7 +182,7 @@ void test_compact(const KernelTable& kernels, int head_dim, DType dtype, int kee
   kernels.compact_kv({cache.view(), flat.data()}, testing::parallel(2));
   Dense page_k(dtype, 1, 1, 64, head_dim), page_v = page_k;
   for (int h = 0; h < 2; ++h) {
-    for (int t = 0; t < 5; ++t) {
+    for (int t = 0; t < MAX_TIERS; ++t) {
       CHECK(cache.length(h, t) == static_cast<int>(expected[h][t].size()));
       for (int i = 0; i < cache.length(h, t); ++i) {
         CHECK(cache.position(h, t, i) == expected[h][t][i]);
@@ -197,6 +203,35 @@ void test_compact(const KernelTable& kernels, int head_dim, DType dtype, int kee
   }
 }
 
+// A step down leaves what has the bits already as it was, to the last bit.
+void test_equal_bits(const KernelTable& kernels, int head_dim) {
+  const std::vector<int> bits = {2, 302, 3, 403, 4};
+  const int num_tiers = static_cast<int>(bits.size());
+  for (int from = 1; from < num_tiers; ++from) {
+    Cache cache(bits, 1, 1, head_dim, 2, DType::BFLOAT16, Levels::GAUSSIAN);
+    Dense k(DType::BFLOAT16, 1, 1, 64, head_dim), v = k;
+    k.fill_normal();
+    v.fill_normal();
+    cache.append(kernels, k, v, std::vector<int8_t>(64, static_cast<int8_t>(from)), 0);
+    Dense k_before(DType::BFLOAT16, 1, 1, 64, head_dim), v_before = k_before;
+    cache.read(kernels, 0, from, 0, k_before, v_before);
+    const int64_t capacity = cache.max_pages * PAGE_SIZE;
+    std::vector<int8_t> targets(num_tiers * capacity, -1);
+    std::fill_n(targets.begin() + from * capacity, 64, static_cast<int8_t>(from - 1));
+    kernels.compact_kv({cache.view(), targets.data()}, testing::parallel());
+    CHECK(cache.length(0, from - 1) == 64 && cache.length(0, from) == 0);
+    Dense k_after = k_before, v_after = k_before;
+    cache.read(kernels, 0, from - 1, 0, k_after, v_after);
+    const bool same_k = k_bits_of(bits[from]) == k_bits_of(bits[from - 1]);
+    const bool same_v = v_bits_of(bits[from]) == v_bits_of(bits[from - 1]);
+    CHECK(same_k != same_v);
+    CHECK((k_after.bytes == k_before.bytes) == same_k, "%s: head_dim %d, from %d", kernels.name,
+          head_dim, bits[from]);
+    CHECK((v_after.bytes == v_before.bytes) == same_v, "%s: head_dim %d, from %d", kernels.name,
+          head_dim, bits[from]);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -207,6 +242,7 @@ int main() {
     for (const KernelTable* kernels : testing::all_kernels()) {
       test_append(*kernels, head_dim, dtypes[turn % 3]);
       for (int keep : {0, 40, 100}) test_compact(*kernels, head_dim, dtypes[turn % 3], keep);
+      test_equal_bits(*kernels, head_dim);
       ++turn;
     }
   }

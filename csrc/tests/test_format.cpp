@@ -13,22 +13,23 @@ namespace {
 
 void test_layout() {
   CHECK(page_layout(4, 128).page_bytes == 64 * (128 + 4 + 4 + 2));
+  CHECK(page_layout(302, 128).page_bytes == 64 * (48 + 32 + 4 + 4 + 2));
   CHECK(page_layout(16, 80, 4).page_bytes == 64 * (80 * 8 + 4 + 2));
   CHECK(plane_lanes(80, 1) == 12 && plane_lanes(80, 2) == 20 && record_lanes(3, 80) == 32);
   for (int head_dim : HEAD_DIMS) {
-    for (int bits : BITS) {
-      const PageLayout layout = page_layout(bits, head_dim);
+    for (int tier : TIERS) {
+      const PageLayout layout = page_layout(tier, head_dim);
       for (int64_t section : {layout.v_codes, layout.position, layout.score, layout.page_bytes}) {
         CHECK(section % 64 == 0);
       }
-      if (bits == 16) continue;
-      const int lanes = record_lanes(bits, head_dim);
-      std::vector<int> k_seen(64 * lanes), v_seen(64 * lanes);
+      if (layout.is_raw()) continue;
+      const int k_lanes = record_lanes(layout.k_bits, head_dim);
+      const int v_lanes = record_lanes(layout.v_bits, head_dim);
+      CHECK(layout.v_codes == 64 * k_lanes && layout.k_scale == 64 * (k_lanes + v_lanes));
+      std::vector<int> k_seen(64 * k_lanes), v_seen(64 * v_lanes);
       for (int s = 0; s < 64; ++s) {
-        for (int j = 0; j < lanes; ++j) {
-          ++k_seen[k_lane_offset(lanes, s, j)];
-          ++v_seen[v_lane_offset(lanes, s, j)];
-        }
+        for (int j = 0; j < k_lanes; ++j) ++k_seen[k_lane_offset(k_lanes, s, j)];
+        for (int j = 0; j < v_lanes; ++j) ++v_seen[v_lane_offset(v_lanes, s, j)];
       }
       for (int n : k_seen) CHECK(n == 1);
       for (int n : v_seen) CHECK(n == 1);
@@ -49,7 +50,7 @@ void test_packing() {
     write_codes<IS_V, BITS, HEAD_DIM>(section.data(), s, written[s]);
   }
   for (int i = bytes; i < bytes + 256; ++i) CHECK(section[i] == 0xa5);
-  TierCodec codec;
+  SectionCodec codec;
   codec.set(bits, Levels::GAUSSIAN, head_dim);
   std::vector<float> storage(tile_floats(head_dim) + 16);
   float* tile = storage.data();
@@ -186,7 +187,7 @@ int main() {
   test_layout();
   for (int head_dim : HEAD_DIMS) {
     for (int bits : {2, 3, 4, 8}) {
-      with_format(bits, head_dim, []<int BITS, int HEAD_DIM>() {
+      with_section(bits, head_dim, []<int BITS, int HEAD_DIM>() {
         test_packing<false, BITS, HEAD_DIM>();
         test_packing<true, BITS, HEAD_DIM>();
       });

@@ -12,7 +12,7 @@ constexpr DType DTYPES[] = {DType::FLOAT32, DType::BFLOAT16, DType::FLOAT16};
 void test_tiers() {
   int turn = 0;
   for (int head_dim : HEAD_DIMS) {
-    for (int bits : BITS) {
+    for (int bits : TIERS) {
       const DType dtype = DTYPES[turn % 3];
       const int64_t window = turn % 4 == 0 ? 0 : turn % 4 == 1 ? 70 : 13;
       const int64_t sliding = turn % 3 == 1 ? 40 : 0;
@@ -34,7 +34,8 @@ void test_mixed_tiers() {
   for (DType dtype : DTYPES) {
     for (int64_t q_len : {1, 5, 40}) {
       const Case c{2, 2, 3, 64, dtype, q_len, 75, 150, seed % 2 == 0 ? 64 : 0};
-      Problem problem(c, {2, 3, 4, 8, 16}, {0, 1, 63, 64, 65, 130}, Levels::GAUSSIAN);
+      Problem problem(c, {std::begin(TIERS), std::end(TIERS)}, {0, 1, 63, 64, 65, 130},
+                      Levels::GAUSSIAN);
       simt::set_seed(seed++);
       check_decode(problem, CUDA, 1, true, Precision::FLOAT32);
       if (q_len < 40) check_decode(problem, CUDA, 1, false, Precision::AUTO);

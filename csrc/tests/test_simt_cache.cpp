@@ -32,7 +32,7 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
   const Labels labels(4 * n);
   const std::vector<float> mean = testing::normals(4 * head_dim);
   const int64_t num_pages = (n + PAGE_SIZE - 1) / PAGE_SIZE;
-  for (int bits : BITS) {
+  for (int bits : TIERS) {
     const PageLayout layout = page_layout(bits, head_dim, dtype_size(dtype));
     std::vector<uint8_t> expected(4 * num_pages * layout.page_bytes, 0x55);
     QuantizeParams p{k.view(),
@@ -158,7 +158,7 @@ int main() {
       test_pages(head_dim, DTYPES[turn % 3], n, turn % 2 ? Levels::UNIFORM : Levels::GAUSSIAN);
       ++turn;
     }
-    test_append_and_compact(head_dim, DTYPES[turn % 3], {2, 3, 4, 8, 16}, 50);
+    test_append_and_compact(head_dim, DTYPES[turn % 3], {std::begin(TIERS), std::end(TIERS)}, 50);
   }
   test_append_and_compact(64, DType::BFLOAT16, {4}, 0);
   test_compact_without_pages();

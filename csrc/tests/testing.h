@@ -235,7 +235,7 @@ struct Cache {
     p.dtype = k.dtype;
     p.batch = p.num_kv_heads = 1;
     p.head_dim = head_dim;
-    p.bits = bits[t];
+    p.tier = bits[t];
     p.num_pages = 1;
     p.levels = levels;
     kernels.dequantize_kv(p, parallel());

@@ -116,9 +116,9 @@ HeadsView heads_view(const Place& place, const Tensor& tensor, const char* name,
   return {tensor.const_data_ptr(), dtype, strides[0], strides[1], strides[2]};
 }
 
-int check_bits(int64_t bits) {
-  if (bits < 0 || bits > 16 || !is_supported_bits(static_cast<int>(bits))) {
-    check(false, "bits must be one of ", list_text(BITS), "; got ", bits);
+int check_tier(int64_t bits) {
+  if (!is_supported_tier(bits)) {
+    check(false, "bits must be one of ", list_text(TIERS), "; got ", bits);
   }
   return static_cast<int>(bits);
 }

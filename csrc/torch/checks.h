@@ -52,7 +52,7 @@ Tensor dense_input(const Place& place, const Tensor& tensor, const char* name, S
 // A (batch, heads, n, head_dim) tensor of any strides but a contiguous last dimension.
 HeadsView heads_view(const Place& place, const Tensor& tensor, const char* name, DType dtype);
 
-int check_bits(int64_t bits);
+int check_tier(int64_t bits);
 int check_head_dim(int64_t head_dim);
 // Sizes that kernels hold in an int or in an int32 position; at least `least`.
 int check_int32(int64_t value, const char* name, int64_t least);

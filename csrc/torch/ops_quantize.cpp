@@ -12,7 +12,7 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
                    const Tensor& scores, int64_t bits, StringHandle levels) {
   QuantizeParams params{};
   params.levels = take_levels(levels);
-  params.bits = check_bits(bits);
+  params.tier = check_tier(bits);
   const Place place(k, "k");
   const DType dtype = float_dtype(k, "k");
   params.k = heads_view(place, k, "k", dtype);
@@ -34,7 +34,7 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
   params.k_mean = mean.const_data_ptr<float>();
   params.positions = position.const_data_ptr<int32_t>();
   params.scores = score.const_data_ptr<float>();
-  params.page_bytes = page_layout(params.bits, params.head_dim, dtype_size(dtype)).page_bytes;
+  params.page_bytes = page_layout(params.tier, params.head_dim, dtype_size(dtype)).page_bytes;
   const int64_t num_pages = (params.kv_len + PAGE_SIZE - 1) / PAGE_SIZE;
   const Tensor pages = torch::stable::new_empty(
       k, {sizes[0], sizes[1], num_pages, params.page_bytes}, ScalarType::Byte);
@@ -48,11 +48,11 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_me
                                          ScalarType dtype) {
   DequantizeParams params{};
   params.levels = take_levels(levels);
-  params.bits = check_bits(bits);
+  params.tier = check_tier(bits);
   params.head_dim = check_head_dim(head_dim);
   params.dtype = float_dtype(dtype, "dtype");
   params.page_bytes =
-      page_layout(params.bits, params.head_dim, dtype_size(params.dtype)).page_bytes;
+      page_layout(params.tier, params.head_dim, dtype_size(params.dtype)).page_bytes;
   const Place place(pages, "pages");
   check_dim(pages, "pages", 4, "(batch, num_kv_heads, num_pages, page_bytes)");
   const auto sizes = pages.sizes();

@@ -22,9 +22,10 @@ void fill_tiers(PagedKV& cache, const std::vector<int64_t>& tier_bits) {
         " entries; got ", tier_bits.size());
   cache.num_tiers = static_cast<int>(tier_bits.size());
   for (int t = 0; t < cache.num_tiers; ++t) {
-    cache.tier_bits[t] = check_bits(tier_bits[t]);
-    check(t == 0 || tier_bits[t] > tier_bits[t - 1], "tier_bits must be ascending; got ",
-          tier_bits[t], " after ", tier_bits[t > 0 ? t - 1 : 0]);
+    cache.tier_bits[t] = check_tier(tier_bits[t]);
+    check(t == 0 || bits_of_pair(cache.tier_bits[t]) > bits_of_pair(cache.tier_bits[t - 1]),
+          "tier_bits must be ascending; got ", tier_bits[t], " after ",
+          tier_bits[t > 0 ? t - 1 : 0]);
   }
 }
 
@@ -35,15 +36,16 @@ void fill_pools(PagedInput& input, const Place& place, const std::vector<Tensor>
         pools.size());
   for (int t = 0; t < cache.num_tiers; ++t) {
     const Tensor& pool = pools[t];
-    const char* const names[] = {"pools[0]", "pools[1]", "pools[2]", "pools[3]", "pools[4]"};
+    const char* const names[MAX_TIERS] = {"pools[0]", "pools[1]", "pools[2]", "pools[3]",
+                                          "pools[4]", "pools[5]", "pools[6]"};
     const char* name = names[t];
     place.check(pool, name);
     check_dtype(pool, name, ScalarType::Byte);
     check_dim(pool, name, 2, "(num_pages, page_bytes)");
     const int64_t page_bytes =
         page_layout(cache.tier_bits[t], cache.head_dim, dtype_size(cache.raw_dtype)).page_bytes;
-    check(pool.size(1) == page_bytes, name, " must have pages of ", page_bytes, " bytes (",
-          cache.tier_bits[t], " bits, head_dim ", cache.head_dim, "); got ", pool.size(1));
+    check(pool.size(1) == page_bytes, name, " must have pages of ", page_bytes, " bytes (tier ",
+          cache.tier_bits[t], ", head_dim ", cache.head_dim, "); got ", pool.size(1));
     check(pool.is_contiguous(), name, " must be contiguous");
     cache.pools[t] = static_cast<uint8_t*>(pool.data_ptr());
     check(reinterpret_cast<uintptr_t>(cache.pools[t]) % PAGE_ALIGNMENT == 0, name,

@@ -125,7 +125,7 @@ def test_maps(model, tmp_path):
     bits = bits.view(row["map_shape"])
     held = sum(count for name, count in row["kept"].items() if name != "evicted")
     assert (bits > 0).sum().item() / bits[:, :, 0].numel() == pytest.approx(held)
-    assert bits[:, :, :4].eq(16).all() and bits[:, :, -16:].eq(16).all()
+    assert bits[:, :, :4].eq(160).all() and bits[:, :, -16:].eq(160).all()
 
 
 def test_metrics():

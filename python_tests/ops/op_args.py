@@ -14,7 +14,7 @@ from op_inputs import Paged, give_pages, paged, tokens
 from smartkv_ext import ops
 
 INT32_MAX = 2**31 - 1
-WRONG_BITS = "bits must be one of 2, 3, 4, 8, 16; got 5"
+WRONG_BITS = "bits must be one of 2, 302, 3, 403, 4, 8, 16; got 5"
 
 
 def quantize_args() -> dict[str, Any]:

@@ -103,12 +103,12 @@ def poison_slots(pages: torch.Tensor, layout: PageLayout, used: int, dtype: torc
     index = torch.arange(used, len(pages) * PAGE_SIZE)
     page, slot = index // PAGE_SIZE, index % PAGE_SIZE
     page_positions(pages, layout)[page, slot] = 0
-    if layout.bits == 16:
-        for start, end in ((0, layout.v_codes), (layout.v_codes, layout.position)):
-            pages[:, start:end].view(dtype).unflatten(1, (PAGE_SIZE, -1))[page, slot] = torch.nan
+    if layout.tier == 16:
+        for kind in "kv":
+            pages[:, layout.section(kind)].view(dtype).unflatten(1, (PAGE_SIZE, -1))[page, slot] = torch.nan
         return
-    for offset in (layout.k_scale, layout.v_scale):
-        pages[:, offset : offset + 2 * PAGE_SIZE].view(torch.float16)[page, slot] = torch.nan
+    for kind in "kv":
+        pages[:, layout.scales(kind)].view(torch.float16)[page, slot] = torch.nan
 
 
 def paged(
@@ -190,10 +190,10 @@ def rotated(k: torch.Tensor, v: torch.Tensor, k_mean: torch.Tensor) -> tuple[tor
 def rotated_pages(pages: torch.Tensor, layout: PageLayout, levels: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, decoded from pages (..., page_bytes) with fewer than 16 bits: (..., 64, head_dim)."""
     out = []
-    for kind, start, offset in (("k", 0, layout.k_scale), ("v", layout.v_codes, layout.v_scale)):
-        codes = unpack_codes(pages[..., start : start + layout.v_codes], layout.bits, layout.head_dim, kind)
-        scale = pages[..., offset : offset + 2 * PAGE_SIZE].view(torch.float16)
-        out.append(decode(codes, scale, layout.bits, levels))
+    for kind in "kv":
+        codes = unpack_codes(pages[..., layout.section(kind)], layout.bits(kind), layout.head_dim, kind)
+        scale = pages[..., layout.scales(kind)].view(torch.float16)
+        out.append(decode(codes, scale, layout.bits(kind), levels))
     return out[0], out[1]
 
 
@@ -210,18 +210,14 @@ def assert_same_records(
     if torch.equal(ours, expected):
         return
     assert torch.equal(ours[:, layout.position :], expected[:, layout.position :]), "positions or scores differ"
-    assert layout.bits < 16 and y is not None, "raw values differ"
-    for kind, start, offset, target in (("k", 0, layout.k_scale, y[0]), ("v", layout.v_codes, layout.v_scale, y[1])):
-        a, b = (
-            unpack_codes(x[:, start : start + layout.v_codes], layout.bits, layout.head_dim, kind)
-            for x in (ours, expected)
-        )
+    assert layout.tier != 16 and y is not None, "raw values differ"
+    for kind, target in zip("kv", y, strict=True):
+        bits = layout.bits(kind)
+        a, b = (unpack_codes(x[:, layout.section(kind)], bits, layout.head_dim, kind) for x in (ours, expected))
         differs = a != b
         assert ((a - b).abs() <= 1).all(), f"{kind} codes differ by more than one"
-        assert not (differs & ~near_midpoint(target, layout.bits, levels)).any(), (
-            f"{kind} codes differ away from a midpoint"
-        )
-        scales = [x[:, offset : offset + 2 * PAGE_SIZE].view(torch.float16) for x in (ours, expected)]
+        assert not (differs & ~near_midpoint(target, bits, levels)).any(), f"{kind} codes differ away from a midpoint"
+        scales = [x[:, layout.scales(kind)].view(torch.float16) for x in (ours, expected)]
         steps = (scales[0].view(torch.int16).int() - scales[1].view(torch.int16).int()).abs()
         allowed = torch.where(differs.any(-1), 64, 1)
         assert (steps <= allowed).all(), f"{kind} scales differ by {int(steps.max())} float16 steps"

@@ -15,20 +15,22 @@ from smartkv_ext import _core, ops
 from smartkv_ext.reference import layout, levels
 from smartkv_ext.reference.hadamard import rotate
 
+SIZES = ("tier", "k_bits", "v_bits", "head_dim", "itemsize")
+
 
 @pytest.mark.parametrize("itemsize", (2, 4))
 @pytest.mark.parametrize("head_dim", layout.HEAD_DIMS)
-@pytest.mark.parametrize("bits", layout.BITS)
+@pytest.mark.parametrize("bits", layout.TIERS)
 def test_page_layout(bits: int, head_dim: int, itemsize: int) -> None:
     expected = dataclasses.asdict(layout.page_layout(bits, head_dim, itemsize))
     assert _core.page_layout(bits, head_dim, itemsize) == expected
-    starts = [value for name, value in expected.items() if name not in ("bits", "head_dim", "itemsize") and value >= 0]
+    starts = [value for name, value in expected.items() if name not in SIZES and value >= 0]
     assert all(start % 64 == 0 for start in starts)
 
 
 def test_constants() -> None:
     assert (_core.PAGE_SIZE, _core.PAGE_FORMAT_VERSION) == (layout.PAGE_SIZE, layout.PAGE_FORMAT_VERSION)
-    assert (layout.BITS, layout.HEAD_DIMS, len(layout.BITS)) == (_core.BITS, _core.HEAD_DIMS, _core.MAX_TIERS)
+    assert (layout.TIERS, layout.HEAD_DIMS, len(layout.TIERS)) == (_core.TIERS, _core.HEAD_DIMS, _core.MAX_TIERS)
 
 
 @pytest.mark.parametrize("kind", levels.LEVELS)
@@ -38,7 +40,7 @@ def test_level_table(bits: int, kind: str) -> None:
 
 
 def test_core_names_what_it_refuses() -> None:
-    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 8, 16; got 5"):
+    with pytest.raises(ValueError, match="tier must be one of 2, 302, 3, 403, 4, 8, 16; got 5"):
         _core.page_layout(5, 64)
     with pytest.raises(ValueError, match="head_dim must be one of 64, 80, 96, 128, 256; got 65"):
         _core.page_layout(4, 65)
@@ -79,21 +81,25 @@ def test_unpack_inverts_pack(shape: tuple[int, int, int], kind: str) -> None:
     assert torch.equal(layout.unpack_codes(packed, bits, head_dim, kind), wanted.int())
 
 
-@given(codes, st.sampled_from(levels.LEVELS))
+pages = st.tuples(st.sampled_from(layout.TIERS[:-1]), st.sampled_from(layout.HEAD_DIMS), st.integers(0, 2**31))
+
+
+@given(pages, st.sampled_from(levels.LEVELS))
 def test_kernels_unpack_what_was_packed(shape: tuple[int, int, int], kind: str) -> None:
     """Pages of arbitrary codes, built in Python, decode to scale * level in the rotated space."""
-    bits, head_dim, seed = shape
+    tier, head_dim, seed = shape
     random = torch.Generator().manual_seed(seed)
-    place = layout.page_layout(bits, head_dim)
-    pages = torch.zeros(1, 1, 2, place.page_bytes, dtype=torch.uint8)
+    place = layout.page_layout(tier, head_dim)
+    stored = torch.zeros(1, 1, 2, place.page_bytes, dtype=torch.uint8)
     expected = []
-    for name, start, offset in (("k", 0, place.k_scale), ("v", place.v_codes, place.v_scale)):
+    for name in "kv":
+        bits = place.bits(name)
         wanted = torch.randint(0, 2**bits, (1, 1, 2, 64, head_dim), generator=random)
         scale = torch.rand(1, 1, 2, 64, generator=random).half()
-        pages[..., start : start + place.v_codes] = layout.pack_codes(wanted, bits, name)
-        pages[..., offset : offset + 128].view(torch.float16).copy_(scale)
+        stored[..., place.section(name)] = layout.pack_codes(wanted, bits, name)
+        stored[..., place.scales(name)].view(torch.float16).copy_(scale)
         y = levels.level_table(bits, kind)[wanted] * scale.float()[..., None]
         expected.append(rotate(y, inverse=True).flatten(2, 3))
-    got = ops.dequantize_kv(pages, torch.zeros(1, 1, head_dim), head_dim, bits, kind, torch.float32)
+    got = ops.dequantize_kv(stored, torch.zeros(1, 1, head_dim), head_dim, tier, kind, torch.float32)
     for ours, want in zip(got, expected, strict=True):
         assert torch.allclose(ours, want, atol=1e-4, rtol=1e-5)

@@ -75,7 +75,13 @@ CASES = [
     ("decode_attention", "q_start", torch.tensor(1), R, "q_start must have shape (1,) = (1,); got ()"),
     ("decode_attention", "softmax_scale", float("nan"), R, "softmax_scale must be finite; got nan"),
     ("decode_attention", "sliding_window", -1, R, "sliding_window must be at least 0 (0: none); got -1"),
-    ("decode_attention", "tier_bits", [4, 2, 16], R, "tier_bits must be ascending; got 2 after 4"),
+    (
+        "decode_attention",
+        "tier_bits",
+        [4, 2, 16],
+        R,
+        "tier_bits must be ascending; got 2 after 4",
+    ),
     (
         "decode_attention",
         "block_table",
@@ -146,7 +152,7 @@ CASES = [
     ("select_kv", "budgets", torch.tensor([5]), R, "budgets must have shape (groups) = (2,); got (1,)"),
     ("select_kv", "budgets", torch.tensor([5, -1]), R, "budgets must be at least 0; got -1"),
     ("select_kv", "budgets", torch.tensor([5, 5]).int(), R, "budgets must be int64; got int32"),
-    ("select_kv", "page_bytes", [], R, "page_bytes must have 1 to 5 entries; got 0"),
+    ("select_kv", "page_bytes", [], R, "page_bytes must have 1 to 7 entries; got 0"),
     ("select_kv", "page_bytes", [1000, 1000], R, "page_bytes must be positive and ascending; got 1000 at index 1"),
     ("select_kv", "page_bytes", [0, 1000], R, "page_bytes must be positive and ascending; got 0 at index 0"),
     ("select_kv", "distortion", [0.1], R, "distortion must have one entry per page_bytes (2); got 1"),

@@ -19,7 +19,7 @@ V, R, T = ValueError, RuntimeError, TypeError
 # (op, argument, its bad value or a function that makes it from the good arguments, error, message)
 CASES = [
     ("quantize_kv", "bits", 5, V, WRONG_BITS),
-    ("quantize_kv", "bits", 2**40, V, "bits must be one of 2, 3, 4, 8, 16; got 1099511627776"),
+    ("quantize_kv", "bits", 2**40, V, "bits must be one of 2, 302, 3, 403, 4, 8, 16; got 1099511627776"),
     ("quantize_kv", "levels", "cubic", V, "levels must be one of uniform, gaussian; got 'cubic'"),
     ("quantize_kv", "k", torch.zeros(2, 2, 65, 72), V, "head_dim must be one of 64, 80, 96, 128, 256; got 72"),
     (
@@ -99,10 +99,16 @@ CASES = [
         "k_mean must have shape (batch, num_kv_heads, head_dim) = (2, 2, 64); got (1, 2, 64)",
     ),
     ("append_kv", "levels", "x", V, "levels must be one of uniform, gaussian; got 'x'"),
-    ("append_kv", "tier_bits", [], R, "tier_bits must have 1 to 5 entries; got 0"),
-    ("append_kv", "tier_bits", [2, 3, 4, 8, 16, 16], R, "tier_bits must have 1 to 5 entries; got 6"),
+    ("append_kv", "tier_bits", [], R, "tier_bits must have 1 to 7 entries; got 0"),
+    ("append_kv", "tier_bits", [2, 302, 3, 403, 4, 8, 16, 16], R, "tier_bits must have 1 to 7 entries; got 8"),
     ("append_kv", "tier_bits", [2, 5, 16], R, WRONG_BITS),
-    ("append_kv", "tier_bits", [2, 2, 16], R, "tier_bits must be ascending; got 2 after 2"),
+    (
+        "append_kv",
+        "tier_bits",
+        [2, 2, 16],
+        R,
+        "tier_bits must be ascending; got 2 after 2",
+    ),
     (
         "append_kv",
         "tier_bits",
@@ -122,7 +128,7 @@ CASES = [
         "pools",
         at("pools", 0, torch.zeros(9, PAGE_2 + 1).byte()),
         R,
-        f"pools[0] must have pages of {PAGE_2} bytes (2 bits, head_dim 64); got {PAGE_2 + 1}",
+        f"pools[0] must have pages of {PAGE_2} bytes (tier 2, head_dim 64); got {PAGE_2 + 1}",
     ),
     ("append_kv", "pools", at("pools", 0, torch.zeros(9, PAGE_2)), R, "pools[0] must be uint8; got float32"),
     (

@@ -15,6 +15,7 @@ from op_inputs import DTYPES, HEAD_DIMS, give_pages, paged, strided, tokens
 from test_op_pages import compact, random_targets
 
 from smartkv_ext import ops
+from smartkv_ext.reference.layout import TIERS
 
 HERE = Path(__file__).parent
 
@@ -24,10 +25,10 @@ def run_all() -> dict[str, Any]:
     torch.manual_seed(0)
     out: dict[str, Any] = {"name": ops.kernel_set_name()}
     for head_dim, dtype in zip(HEAD_DIMS, (*DTYPES, *DTYPES), strict=False):
-        cache = paged((2, 3, 4, 8, 16), head_dim, dtype, "gaussian" if head_dim % 32 == 0 else "uniform")
+        cache = paged(TIERS, head_dim, dtype, "gaussian" if head_dim % 32 == 0 else "uniform")
         give_pages(cache)
         new = tokens(2, 2, 21, head_dim, dtype) | {"k_mean": cache.k_mean}
-        tiers = torch.randint(-1, 5, (2, 2, 21)).to(torch.int8)
+        tiers = torch.randint(-1, len(TIERS), (2, 2, 21)).to(torch.int8)
         ops.append_kv(
             cache.pools, cache.block_table, cache.cache_seqlens, **new,
             tiers=tiers, tier_bits=cache.tier_bits, levels=cache.levels,

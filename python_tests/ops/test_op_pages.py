@@ -21,9 +21,9 @@ from op_inputs import (
 )
 
 from smartkv_ext import ops, reference
-from smartkv_ext.reference.layout import BITS, PAGE_SIZE, page_layout, page_positions, page_scores
+from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, page_layout, page_positions, page_scores
 
-TIERS = ((2, 3, 4, 8, 16), (2, 4, 16), (3, 8), (4,))
+TIER_SETS = (TIERS, (2, 3, 4, 8, 16), (302, 403), (3, 8), (4,))
 
 
 def in_pages(x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def in_pages(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", TIERS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_quantize(head_dim: int, bits: int, n: int) -> None:
     dtype = DTYPES[n % 3]
@@ -56,7 +56,7 @@ def test_quantize_extremes() -> None:
     for row, scale in enumerate((0.0, 1e-30, 1e-6, 1e4, 1e9, 1e18)):
         args["k"][0, 0, row] = torch.randn(64) * scale
         args["v"][0, 0, row] = torch.randn(64) * scale
-    for bits in (2, 3, 4, 8):
+    for bits in TIERS[:-1]:
         for levels in ("gaussian", "uniform"):
             ours = ops.quantize_kv(**args, bits=bits, levels=levels)
             expected = reference.quantize_kv(**args, bits=bits, levels=levels)
@@ -66,7 +66,7 @@ def test_quantize_extremes() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", TIERS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_dequantize(head_dim: int, bits: int, dtype: torch.dtype) -> None:
     for levels in ("gaussian", "uniform"):
@@ -101,8 +101,8 @@ def sources(cache: Paged) -> list[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
             for t, bits in enumerate(cache.tier_bits):
                 n, pages, layout = int(cache.cache_seqlens[b, h, t]), cache.pages(b, h, t), cache.layouts[t]
                 if bits == 16:
-                    k = pages[:, : layout.v_codes].view(cache.dtype).reshape(-1, layout.head_dim)
-                    v = pages[:, layout.v_codes : layout.position].view(cache.dtype).reshape(-1, layout.head_dim)
+                    k = pages[:, layout.section("k")].view(cache.dtype).reshape(-1, layout.head_dim)
+                    v = pages[:, layout.section("v")].view(cache.dtype).reshape(-1, layout.head_dim)
                     yk, yv = rotated(k, v, cache.k_mean[b, h])
                 else:
                     yk, yv = (x.flatten(0, 1) for x in rotated_pages(pages, layout, cache.levels))
@@ -136,7 +136,7 @@ def assert_same_cache(ours: Paged, expected: Paged, y: list[dict[int, tuple[torc
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_append(head_dim: int, dtype: torch.dtype, n: int) -> None:
-    tier_bits, levels = TIERS[n % len(TIERS)], ("gaussian", "uniform")[n % 2]
+    tier_bits, levels = TIER_SETS[n % len(TIER_SETS)], ("gaussian", "uniform")[n % 2]
     cache = paged(tier_bits, head_dim, dtype, levels, sizes=(0, 1, 63, 64))
     give_pages(cache)
     new = tokens(2, 2, n, head_dim, dtype) | {"k_mean": cache.k_mean}
@@ -196,7 +196,7 @@ def compact(module: object, cache: Paged, targets: torch.Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("tier_bits", TIERS, ids=str)
+@pytest.mark.parametrize("tier_bits", TIER_SETS, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_compact(head_dim: int, tier_bits: tuple[int, ...]) -> None:
     dtype = DTYPES[(head_dim + len(tier_bits)) % 3]

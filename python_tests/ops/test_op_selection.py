@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from op_inputs import DTYPES, HEAD_DIMS, SIZES, assert_within_eager, strided
 
 from smartkv_ext import ops, reference
-from smartkv_ext.reference.layout import PAGE_SIZE, page_layout
+from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, kv_bits, page_layout
 from smartkv_ext.reference.levels import RELATIVE_DISTORTION
 
 
 def costs(tier_bits: tuple[int, ...], head_dim: int = 128) -> tuple[list[int], list[float]]:
-    return [page_layout(b, head_dim).page_bytes for b in tier_bits], [RELATIVE_DISTORTION[b] for b in tier_bits]
+    distortion = [sum(RELATIVE_DISTORTION[b] for b in kv_bits(tier)) / 2 for tier in tier_bits]
+    return [page_layout(tier, head_dim).page_bytes for tier in tier_bits], distortion
 
 
 def check_select(scores, current, budgets, page_bytes, distortion, **options) -> torch.Tensor:
@@ -27,7 +28,7 @@ def check_select(scores, current, budgets, page_bytes, distortion, **options) ->
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("heads", (1, 2, 5))
-@pytest.mark.parametrize("tier_bits", ((2, 3, 4, 8, 16), (2, 4, 16), (3, 8), (4,)), ids=str)
+@pytest.mark.parametrize("tier_bits", (TIERS, (2, 4, 16), (3, 8), (4,)), ids=str)
 def test_select(tier_bits: tuple[int, ...], heads: int, n: int) -> None:
     page_bytes, distortion = costs(tier_bits)
     scores = torch.randn(n, 3, heads).permute(1, 2, 0)
@@ -51,7 +52,7 @@ def test_select(tier_bits: tuple[int, ...], heads: int, n: int) -> None:
 @given(seed=st.integers(0, 2**31), evict=st.sampled_from((1.0, 0.5, 1e6)), offset=st.sampled_from((64.0, 1.0, 1e-3)))
 def test_select_equals_reference(seed: int, evict: float, offset: float) -> None:
     torch.manual_seed(seed)
-    tier_bits = ((2, 3, 4, 8, 16), (2, 16), (8,))[seed % 3]
+    tier_bits = (TIERS, (2, 16), (8,))[seed % 3]
     page_bytes, distortion = costs(tier_bits, 64)
     shape = (2, 1 + seed % 3, seed % 200)
     scores = torch.randn(shape) * 10 ** ((seed % 7) - 3)

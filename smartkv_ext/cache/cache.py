@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from smartkv_ext.policies import Policy, get_policy
 from smartkv_ext.quant import Budget
-from smartkv_ext.reference.layout import BITS
+from smartkv_ext.reference.layout import TIERS
 
 from . import serialize
 from .arrivals import score_arrivals
@@ -53,7 +53,7 @@ class SmartKVCache(Cache):
         config: Any,
         budget: float | str | Budget | None = 0.125,
         policy: str | Policy = "auto",
-        tiers: Sequence[int] = BITS,
+        tiers: Sequence[int | str] = TIERS,
         sinks: int = 4,
         window: int = 128,
         scope: str = "head",

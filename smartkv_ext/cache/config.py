@@ -90,8 +90,8 @@ class CacheConfig:
     @classmethod
     def create(
         cls, geometry: ModelGeometry, inv_freq: tuple[float, ...], *, budget: float | str | Budget | None,
-        policy: str | Policy, tiers: Sequence[int], sinks: int, window: int, scope: str, levels: str, mean_shift: bool,
-        precision: str,
+        policy: str | Policy, tiers: Sequence[int | str], sinks: int, window: int, scope: str, levels: str,
+        mean_shift: bool, precision: str,
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
         if scope not in SCOPES:

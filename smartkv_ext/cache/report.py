@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from smartkv_ext.reference.layout import PAGE_SIZE
+from smartkv_ext.reference.layout import PAGE_SIZE, tier_name
 
 if TYPE_CHECKING:
     from .layer import SmartKVLayer
@@ -70,8 +70,8 @@ def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
     }
     records = store.cache_seqlens.sum((0, 1)).tolist()
     for count, pool, layout in zip(records, store.pools, store.layouts, strict=True):
-        codes = 2 * layout.v_codes // PAGE_SIZE
-        scales = (layout.position - 2 * layout.v_codes) // PAGE_SIZE
+        codes = layout.section("v").stop // PAGE_SIZE
+        scales = layout.position // PAGE_SIZE - codes
         parts["codes"] += count * codes
         parts["scales"] += count * scales
         parts["positions"] += count * 4
@@ -100,8 +100,8 @@ def report(layers: list[SmartKVLayer]) -> CacheReport:
     for layer in active:
         kept["window"] += float((layer.window.held_positions() >= 0).sum()) * share
         counts = layer.store.cache_seqlens.float().mean(1).sum(0)
-        for bits, count in zip(layer.config.quant.tiers, counts.tolist(), strict=True):
-            kept[str(bits)] = kept.get(str(bits), 0.0) + count * share
+        for name, count in zip(map(tier_name, layer.config.quant.tiers), counts.tolist(), strict=True):
+            kept[name] = kept.get(name, 0.0) + count * share
     kept["evicted"] = max(sum(rows) * share - sum(kept.values()), 0.0)
     longest = int(max(layer.row_tokens.max() for layer in active))
     policy = first.config.policy

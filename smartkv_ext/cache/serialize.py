@@ -85,9 +85,13 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    for name, known in (("format_version", FORMAT_VERSION), ("page_format_version", PAGE_FORMAT_VERSION)):
-        if header.get(name) != known:
-            raise ValueError(f"{path} has {name} {header.get(name)}; this smartkv_ext reads {known}")
+    # Version 2 of the page format has tiers that version 1 lacks; pages of the others are the same.
+    readable = {"format_version": [FORMAT_VERSION], "page_format_version": list(range(1, PAGE_FORMAT_VERSION + 1))}
+    for name, known in readable.items():
+        if header.get(name) not in known:
+            raise ValueError(
+                f"{path} has {name} {header.get(name)}; this smartkv_ext reads {' and '.join(map(str, known))}"
+            )
     geometry = ModelGeometry.from_config(config)
     saved = header["geometry"] | {"sliding_windows": tuple(header["geometry"]["sliding_windows"])}
     if ModelGeometry(**saved) != geometry:

@@ -78,11 +78,11 @@ class PagedStore:
         For tests and reports; empty slots have position -1 and arbitrary values.
         """
         keys, values = [], []
-        for t, bits in enumerate(self.spec.tiers):
+        for t, tier in enumerate(self.spec.tiers):
             ids = self.block_table[:, :, t].long().clamp(min=0, max=max(len(self.pools[t]) - 1, 0))
             pool = self.pools[t] if len(self.pools[t]) else self.pools[t].new_zeros(1, self.pools[t].shape[1])
-            stored = self.dtype if bits == 16 else torch.float32
-            k, v = ops.dequantize_kv(pool[ids], self.k_mean, self.k_mean.shape[-1], bits, self.spec.levels, stored)
+            stored = self.dtype if tier == 16 else torch.float32
+            k, v = ops.dequantize_kv(pool[ids], self.k_mean, self.k_mean.shape[-1], tier, self.spec.levels, stored)
             keys.append(k.to(dtype))
             values.append(v.to(dtype))
         return torch.cat(keys, 2), torch.cat(values, 2), self.positions().flatten(2)
@@ -194,11 +194,11 @@ class PagedStore:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name: what is saved, loaded and counted."""
         named = {"block_table": self.block_table, "cache_seqlens": self.cache_seqlens, "k_mean": self.k_mean}
-        return named | {f"pages_{bits}": pool for bits, pool in zip(self.spec.tiers, self.pools, strict=True)}
+        return named | {f"pages_{tier}": pool for tier, pool in zip(self.spec.tiers, self.pools, strict=True)}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of ``tensors``."""
         self.block_table, self.cache_seqlens, self.k_mean = (
             tensors[name] for name in ("block_table", "cache_seqlens", "k_mean")
         )
-        self.pools = [tensors[f"pages_{bits}"] for bits in self.spec.tiers]
+        self.pools = [tensors[f"pages_{tier}"] for tier in self.spec.tiers]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .errors import CliError, UsageError, command
+from .errors import CliError, command
 
 app = typer.Typer(
     name="smartkv",
@@ -27,7 +27,8 @@ Budget = Annotated[
 PolicyName = Annotated[
     str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`; or a JSON or YAML file.")
 ]
-Tiers = Annotated[str, typer.Option(help="Bits that packed tokens may have, of 2, 3, 4, 8, 16.")]
+ALL_TIERS = "2,K3V2,3,K4V3,4,8,16"
+Tiers = Annotated[str, typer.Option(help=f"Bits that packed tokens may have, of {ALL_TIERS} (K3V2: keys 3, values 2).")]
 Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
 Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]
 Scope = Annotated[str, typer.Option(help="Who decides about a token: head, layer or global.")]
@@ -37,12 +38,9 @@ Chunk = Annotated[int, typer.Option(min=1, help="Tokens of the document per forw
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON; what people read goes to stderr.")]
 
 
-def parse_tiers(text: str) -> tuple[int, ...]:
-    """Bits from text such as "2,3,4". Whether a cache can have them is for the cache to say."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"tiers must be whole numbers with commas between, such as 2,3,4; got {text!r}") from None
+def parse_tiers(text: str) -> tuple[str, ...]:
+    """Tiers from text such as "K3V2,4,8". Whether a cache can have them is for the cache to say."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 @app.command()
@@ -53,7 +51,7 @@ def generate(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "auto",
-    tiers: Tiers = "2,3,4,8,16",
+    tiers: Tiers = ALL_TIERS,
     window: Window = 128,
     sinks: Sinks = 4,
     scope: Scope = "head",
@@ -84,7 +82,7 @@ def demo(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "auto",
-    tiers: Tiers = "2,3,4,8,16",
+    tiers: Tiers = ALL_TIERS,
     window: Window = 128,
     scope: Scope = "head",
     dtype: Dtype = "auto",

@@ -16,6 +16,7 @@ import smartkv_ext
 from smartkv_ext.cache import CacheReport, SmartKVCache
 from smartkv_ext.eval.prompt import Prompt
 from smartkv_ext.hf.patching import attention_modules
+from smartkv_ext.reference.layout import TIERS
 
 Advance = Callable[[float], None]  # told how many more tokens have gone through the model
 Emit = Callable[[str], None]  # told the next piece of the answer
@@ -27,7 +28,7 @@ class Settings:
 
     budget: float | str | None = 0.125
     policy: str = "auto"
-    tiers: Sequence[int] = (2, 3, 4, 8, 16)
+    tiers: Sequence[int | str] = TIERS
     window: int = 128
     sinks: int = 4
     scope: str = "head"

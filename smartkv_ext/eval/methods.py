@@ -130,7 +130,7 @@ def smartkv_arguments(options: Mapping[str, str]) -> dict[str, Any]:
     if arguments.get("budget") == "none":
         arguments["budget"] = None
     if "tiers" in arguments:
-        arguments["tiers"] = tuple(int(bits) for bits in arguments["tiers"].split(","))
+        arguments["tiers"] = tuple(arguments["tiers"].split(","))
     if "mean_shift" in arguments:
         arguments["mean_shift"] = arguments["mean_shift"] == "1"
     for name in ("window", "sinks"):

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from smartkv_ext.cache import SmartKVCache
 from smartkv_ext.hf import patch
 from smartkv_ext.hf.attention import NAME
+from smartkv_ext.reference.layout import kv_bits
 
 from .answer import Decoder
 from .items import Document, Question
@@ -258,11 +259,12 @@ class _Bench:
         }
 
     def _map(self, cache: SmartKVCache, ids: torch.Tensor) -> Row:
-        """Bits at which each head kept each token (layers, heads, tokens), 0: evicted; and the tokens' texts."""
+        """Tenths of bits of each token in each head (layers, heads, tokens), 0: evicted; and the tokens' texts."""
         bits = torch.stack([_kept_bits(layer, ids.shape[1]) for layer in cache.layers])
         packed = zlib.compress(bits.numpy().tobytes(), 9)
         texts = token_texts(self.decoder.tokenizer, ids[0].tolist())
-        return {"map": base64.b64encode(packed).decode(), "map_shape": list(bits.shape), "token_texts": texts}
+        encoded = base64.b64encode(packed).decode()
+        return {"map": encoded, "map_shape": list(bits.shape), "map_unit": 10, "token_texts": texts}
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -278,16 +280,16 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _kept_bits(layer: Any, tokens: int) -> torch.Tensor:
-    """(num_kv_heads, tokens) uint8 of the first sequence."""
+    """(num_kv_heads, tokens) uint8 of the first sequence, in tenths: mean of keys and values."""
     heads = layer.window.shape[1]
     out = torch.zeros(heads, tokens, dtype=torch.uint8)
     dense = layer.window.held_positions()[0]
-    out[:, dense[dense >= 0].long()] = 16
+    out[:, dense[dense >= 0].long()] = 160
     positions = layer.store.positions()[0]
-    for t, bits in enumerate(layer.config.quant.tiers):
+    for t, tier in enumerate(layer.config.quant.tiers):
         for h in range(heads):
             at = positions[h, t]
-            out[h, at[at >= 0].long()] = bits
+            out[h, at[at >= 0].long()] = 5 * sum(kv_bits(tier))
     return out
 
 

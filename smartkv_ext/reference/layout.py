@@ -1,4 +1,4 @@
-"""Page format v1: where every byte of a page of 64 token records lies (docs/design/page-format.md).
+"""Page format v2: where every byte of a page of 64 token records lies (docs/design/page-format.md).
 
 The pure-Python twin of ``csrc/include/smartkv/layout.h``; a test holds them equal.
 """
@@ -11,14 +11,27 @@ from functools import cache
 
 import torch
 
-PAGE_FORMAT_VERSION = 1
+PAGE_FORMAT_VERSION = 2
 PAGE_SIZE = 64  # token records per page
-BITS = (2, 3, 4, 8, 16)
+# A tier is named by the bits of a value, or by 100 times those of keys plus those of values where the two differ: 302
+# is K3V2. Ascending: no step up takes bits from keys or from values.
+TIERS = (2, 302, 3, 403, 4, 8, 16)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Bit planes of a code, low bits first: a 3-bit code is two low bits and one high bit.
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+def kv_bits(tier: int) -> tuple[int, int]:
+    """Bits of keys and of values."""
+    return (tier // 100, tier % 100) if tier > 100 else (tier, tier)
+
+
+def tier_name(tier: int) -> str:
+    """As people write it: "4", or "K3V2" for 302."""
+    k_bits, v_bits = kv_bits(tier)
+    return str(tier) if k_bits == v_bits else f"K{k_bits}V{v_bits}"
 
 
 def plane_lanes(head_dim: int, width: int) -> int:
@@ -30,9 +43,11 @@ def plane_lanes(head_dim: int, width: int) -> int:
 class PageLayout:
     """Byte offsets of the sections of one page. ``k_scale``/``v_scale`` are -1 in raw (16) pages."""
 
-    bits: int
+    tier: int
+    k_bits: int
+    v_bits: int
     head_dim: int
-    itemsize: int  # bytes per value of the raw tier: 2 (bf16, fp16) or 4 (fp32); ignored when bits < 16
+    itemsize: int  # bytes per value of the raw tier: 2 (bf16, fp16) or 4 (fp32); ignored in others
     k_codes: int
     v_codes: int
     k_scale: int  # float16 [64]
@@ -41,26 +56,43 @@ class PageLayout:
     score: int  # bfloat16 [64]
     page_bytes: int
 
+    def section(self, kind: str) -> slice:
+        """Where the codes, or the plain values, of "k" or "v" lie."""
+        end = self.k_scale if self.k_scale >= 0 else self.position
+        return slice(self.k_codes, self.v_codes) if kind == "k" else slice(self.v_codes, end)
+
+    def scales(self, kind: str) -> slice:
+        """Where the float16 scales of "k" or "v" lie."""
+        start = self.k_scale if kind == "k" else self.v_scale
+        return slice(start, start + 2 * PAGE_SIZE)
+
+    def bits(self, kind: str) -> int:
+        """Of "k" or "v"."""
+        return self.k_bits if kind == "k" else self.v_bits
+
 
 @cache
-def page_layout(bits: int, head_dim: int, itemsize: int = 2) -> PageLayout:
+def page_layout(tier: int, head_dim: int, itemsize: int = 2) -> PageLayout:
     """Sections in order: K codes, V codes, K scales, V scales, positions, scores."""
-    check_format(bits, head_dim)
-    if bits == 16:
-        codes = PAGE_SIZE * head_dim * itemsize
+    check_format(tier, head_dim)
+    k_bits, v_bits = kv_bits(tier)
+    if tier == 16:
+        k_codes = v_codes = PAGE_SIZE * head_dim * itemsize
         scales = 0
     else:
-        codes = PAGE_SIZE * sum(plane_lanes(head_dim, w) for w in PLANES[bits])
+        k_codes, v_codes = (PAGE_SIZE * sum(plane_lanes(head_dim, w) for w in PLANES[b]) for b in (k_bits, v_bits))
         scales = PAGE_SIZE * 2
-    k_scale = 2 * codes
+    k_scale = k_codes + v_codes
     position = k_scale + 2 * scales
     score = position + PAGE_SIZE * 4
     return PageLayout(
-        bits=bits,
+        tier=tier,
+        k_bits=k_bits,
+        v_bits=v_bits,
         head_dim=head_dim,
         itemsize=itemsize,
         k_codes=0,
-        v_codes=codes,
+        v_codes=k_codes,
         k_scale=k_scale if scales else -1,
         v_scale=k_scale + scales if scales else -1,
         position=position,
@@ -69,10 +101,10 @@ def page_layout(bits: int, head_dim: int, itemsize: int = 2) -> PageLayout:
     )
 
 
-def check_format(bits: int, head_dim: int) -> None:
-    """Raise ValueError for a bit width or head_dim that no page can have."""
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits}")
+def check_format(tier: int, head_dim: int) -> None:
+    """Raise ValueError for a tier or head_dim that no page can have."""
+    if tier not in TIERS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, TIERS))}; got {tier}")
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}; got {head_dim}")
 

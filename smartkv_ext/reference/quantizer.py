@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .hadamard import rotate
-from .layout import PAGE_SIZE, PageLayout, pack_codes, page_layout, page_positions, page_scores, unpack_codes
+from .layout import PAGE_SIZE, PageLayout, kv_bits, pack_codes, page_layout, page_positions, page_scores, unpack_codes
 from .levels import gaussian_unit, level_table
 
 FP16_MAX = 65504.0
@@ -61,18 +61,16 @@ def _rotated_kv(k: torch.Tensor, v: torch.Tensor, k_mean: torch.Tensor) -> tuple
 
 def _write(pages: torch.Tensor, layout: PageLayout, slot: int, record: dict[str, torch.Tensor]) -> None:
     """Write one record into slot of one page (page_bytes,). k and v are raw values, or codes with their scales."""
-    for kind, start in (("k", layout.k_codes), ("v", layout.v_codes)):
-        size = layout.v_codes
-        section = pages[start : start + size]
-        if layout.bits == 16:
+    for kind in "kv":
+        section = pages[layout.section(kind)]
+        if layout.tier == 16:
             values = record[kind]
             section.view(values.dtype).view(PAGE_SIZE, -1)[slot] = values
             continue
-        codes = unpack_codes(section, layout.bits, layout.head_dim, kind)
+        codes = unpack_codes(section, layout.bits(kind), layout.head_dim, kind)
         codes[slot] = record[kind]
-        section.copy_(pack_codes(codes, layout.bits, kind))
-        offset = layout.k_scale if kind == "k" else layout.v_scale
-        pages[offset : offset + 2 * PAGE_SIZE].view(torch.float16)[slot] = record[kind + "_scale"]
+        section.copy_(pack_codes(codes, layout.bits(kind), kind))
+        pages[layout.scales(kind)].view(torch.float16)[slot] = record[kind + "_scale"]
     page_positions(pages, layout)[slot] = record["position"]
     page_scores(pages, layout)[slot] = record["score"].to(torch.bfloat16)
 
@@ -83,14 +81,13 @@ def _read(pages: torch.Tensor, layout: PageLayout, slot: int, dtype: torch.dtype
         "position": page_positions(pages, layout)[slot].clone(),
         "score": page_scores(pages, layout)[slot].clone(),
     }
-    for kind, start in (("k", layout.k_codes), ("v", layout.v_codes)):
-        section = pages[start : start + layout.v_codes]
-        if layout.bits == 16:
+    for kind in "kv":
+        section = pages[layout.section(kind)]
+        if layout.tier == 16:
             record[kind] = section.view(dtype).view(PAGE_SIZE, -1)[slot].clone()
             continue
-        record[kind] = unpack_codes(section, layout.bits, layout.head_dim, kind)[slot]
-        offset = layout.k_scale if kind == "k" else layout.v_scale
-        record[kind + "_scale"] = pages[offset : offset + 2 * PAGE_SIZE].view(torch.float16)[slot].clone()
+        record[kind] = unpack_codes(section, layout.bits(kind), layout.head_dim, kind)[slot]
+        record[kind + "_scale"] = pages[layout.scales(kind)].view(torch.float16)[slot].clone()
     return record
 
 
@@ -100,15 +97,16 @@ def _record(
     k_mean: torch.Tensor,
     position: torch.Tensor,
     score: torch.Tensor,
-    bits: int,
+    tier: int,
     levels: str,
 ) -> dict[str, torch.Tensor]:
     """Encode one token (head_dim,) for a tier."""
     record = {"k": k, "v": v, "position": position, "score": score}
-    if bits < 16:
+    if tier != 16:
+        k_bits, v_bits = kv_bits(tier)
         ky, vy = _rotated_kv(k[None], v[None], k_mean)
-        record["k"], record["k_scale"] = (x[0] for x in encode(ky, bits, levels, K_FIT))
-        record["v"], record["v_scale"] = (x[0] for x in encode(vy, bits, levels, V_FIT))
+        record["k"], record["k_scale"] = (x[0] for x in encode(ky, k_bits, levels, K_FIT))
+        record["v"], record["v_scale"] = (x[0] for x in encode(vy, v_bits, levels, V_FIT))
     return record
 
 
@@ -137,16 +135,14 @@ def quantize_kv(
     page_positions(pages, layout).copy_(paged(positions, -1))
     page_scores(pages, layout).copy_(paged(scores.to(torch.bfloat16)))
     if bits == 16:
-        pages[..., : layout.v_codes].view(k.dtype).copy_(paged(k).flatten(3))
-        pages[..., layout.v_codes : layout.position].view(v.dtype).copy_(paged(v).flatten(3))
+        for kind, x in (("k", k), ("v", v)):
+            pages[..., layout.section(kind)].view(x.dtype).copy_(paged(x).flatten(3))
         return pages
     for kind, y in zip("kv", _rotated_kv(k, v, k_mean), strict=True):
-        codes, scale = encode(y, bits, levels, K_FIT if kind == "k" else V_FIT)
-        start = layout.k_codes if kind == "k" else layout.v_codes
+        codes, scale = encode(y, layout.bits(kind), levels, K_FIT if kind == "k" else V_FIT)
         codes = paged(codes) * valid[..., None]
-        pages[..., start : start + layout.v_codes] = pack_codes(codes, bits, kind)
-        offset = layout.k_scale if kind == "k" else layout.v_scale
-        pages[..., offset : offset + 2 * PAGE_SIZE].view(torch.float16).copy_(paged(scale))
+        pages[..., layout.section(kind)] = pack_codes(codes, layout.bits(kind), kind)
+        pages[..., layout.scales(kind)].view(torch.float16).copy_(paged(scale))
     return pages
 
 
@@ -156,14 +152,13 @@ def dequantize_kv(
     """See smartkv_ext.ops.dequantize_kv."""
     layout = page_layout(bits, head_dim, dtype.itemsize)
     if bits == 16:
-        k = pages[..., : layout.v_codes].view(dtype).unflatten(-1, (PAGE_SIZE, head_dim))
-        v = pages[..., layout.v_codes : layout.position].view(dtype).unflatten(-1, (PAGE_SIZE, head_dim))
+        k, v = (pages[..., layout.section(x)].view(dtype).unflatten(-1, (PAGE_SIZE, head_dim)) for x in "kv")
         return k.flatten(2, 3).clone(), v.flatten(2, 3).clone()
     out = []
-    for kind, start, offset in (("k", 0, layout.k_scale), ("v", layout.v_codes, layout.v_scale)):
-        codes = unpack_codes(pages[..., start : start + layout.v_codes], bits, head_dim, kind)
-        scale = pages[..., offset : offset + 2 * PAGE_SIZE].view(torch.float16)
-        out.append(rotate(decode(codes, scale, bits, levels), inverse=True).flatten(2, 3))
+    for kind in "kv":
+        codes = unpack_codes(pages[..., layout.section(kind)], layout.bits(kind), head_dim, kind)
+        scale = pages[..., layout.scales(kind)].view(torch.float16)
+        out.append(rotate(decode(codes, scale, layout.bits(kind), levels), inverse=True).flatten(2, 3))
     return (out[0] + k_mean.float()[:, :, None]).to(dtype), out[1].to(dtype)
 
 
@@ -199,13 +194,16 @@ def append_kv(
 
 
 def _demote(
-    record: dict[str, torch.Tensor], k_mean: torch.Tensor, bits: int, new_bits: int, levels: str
+    record: dict[str, torch.Tensor], k_mean: torch.Tensor, tier: int, new_tier: int, levels: str
 ) -> dict[str, torch.Tensor]:
-    """Re-encode a record for a lower tier; quantised records stay in the rotated space."""
-    if bits == 16:
-        return _record(record["k"], record["v"], k_mean, record["position"], record["score"], new_bits, levels)
+    """Re-encode a record for a lower tier; quantised records stay in the rotated space, and what keeps its bits stays
+    as it is."""
+    if tier == 16:
+        return _record(record["k"], record["v"], k_mean, record["position"], record["score"], new_tier, levels)
     out = dict(record)
-    for kind in "kv":
+    for kind, bits, new_bits in zip("kv", kv_bits(tier), kv_bits(new_tier), strict=True):
+        if bits == new_bits:
+            continue
         y = decode(record[kind], record[kind + "_scale"], bits, levels)
         out[kind], out[kind + "_scale"] = encode(y, new_bits, levels, K_FIT if kind == "k" else V_FIT)
     return out
@@ -221,9 +219,9 @@ def compact_kv(
     levels: str,
     dtype: torch.dtype,
 ) -> None:
-    """See smartkv_ext.ops.compact_kv. Tiers are in ascending bits, so demotions always go to a smaller index."""
+    """See smartkv_ext.ops.compact_kv. Tiers are ascending, so demotions always go to a smaller index."""
     head_dim = k_mean.shape[-1]
-    layouts = [page_layout(bits, head_dim, dtype.itemsize) for bits in tier_bits]
+    layouts = [page_layout(tier, head_dim, dtype.itemsize) for tier in tier_bits]
     batch, heads, num_tiers, _ = block_table.shape
     for b in range(batch):
         for h in range(heads):

@@ -1,4 +1,4 @@
-// Page format v1: where every byte of a page of 64 token records lies
+// Page format v2: where every byte of a page of 64 token records lies
 // (docs/design/page-format.md). Twin of smartkv_ext/reference/layout.py; a test holds them equal.
 #pragma once
 
@@ -8,14 +8,21 @@
 
 namespace smartkv {
 
-constexpr int PAGE_FORMAT_VERSION = 1;
-constexpr int BITS[] = {2, 3, 4, 8, 16};
+constexpr int PAGE_FORMAT_VERSION = 2;
+// A tier is named by the bits of a value, or by 100 times those of keys plus those of values where
+// the two differ: 302 is K3V2. Ascending: no step up takes bits from keys or from values.
+constexpr int TIERS[] = {2, 302, 3, 403, 4, 8, 16};
 constexpr int HEAD_DIMS[] = {64, 80, 96, 128, 256};
 constexpr int MAX_HEAD_DIM = 256;
 
-constexpr bool is_supported_bits(int bits) {
-  for (int b : BITS) {
-    if (b == bits) return true;
+// Bits of keys and of values.
+constexpr int k_bits_of(int tier) { return tier > 100 ? tier / 100 : tier; }
+constexpr int v_bits_of(int tier) { return tier > 100 ? tier % 100 : tier; }
+constexpr int bits_of_pair(int tier) { return k_bits_of(tier) + v_bits_of(tier); }
+
+constexpr bool is_supported_tier(int64_t tier) {
+  for (int t : TIERS) {
+    if (t == tier) return true;
   }
   return false;
 }
@@ -60,7 +67,8 @@ constexpr int v_lane_offset(int lanes, int s, int j) { return s / 4 * (4 * lanes
 
 // Byte offsets of the sections of one page. k_scale and v_scale are -1 in raw (16-bit) pages.
 struct PageLayout {
-  int bits;
+  int tier;
+  int k_bits, v_bits;
   int head_dim;
   int itemsize;  // bytes per value of the raw tier: 2 (bf16, fp16) or 4 (fp32)
   int64_t k_codes;
@@ -70,22 +78,28 @@ struct PageLayout {
   int64_t position;  // int32 [64], -1 in slots that were never written
   int64_t score;     // bfloat16 [64]
   int64_t page_bytes;
+
+  constexpr bool is_raw() const { return k_bits == 16; }
 };
 
-constexpr PageLayout page_layout(int bits, int head_dim, int itemsize = 2) {
-  const bool raw = bits == 16;
-  const int64_t codes =
-      int64_t{PAGE_SIZE} * (raw ? head_dim * itemsize : record_lanes(bits, head_dim));
-  const int64_t scales = raw ? 0 : PAGE_SIZE * 2;
+constexpr PageLayout page_layout(int tier, int head_dim, int itemsize = 2) {
   PageLayout layout{};
-  layout.bits = bits;
+  layout.tier = tier;
+  layout.k_bits = k_bits_of(tier);
+  layout.v_bits = v_bits_of(tier);
   layout.head_dim = head_dim;
   layout.itemsize = itemsize;
+  const bool raw = layout.is_raw();
+  const auto section = [&](int bits) {
+    return int64_t{PAGE_SIZE} * (raw ? head_dim * itemsize : record_lanes(bits, head_dim));
+  };
+  const int64_t scales = raw ? 0 : PAGE_SIZE * 2;
   layout.k_codes = 0;
-  layout.v_codes = codes;
-  layout.k_scale = raw ? -1 : 2 * codes;
-  layout.v_scale = raw ? -1 : 2 * codes + scales;
-  layout.position = 2 * codes + 2 * scales;
+  layout.v_codes = section(layout.k_bits);
+  const int64_t end = layout.v_codes + section(layout.v_bits);
+  layout.k_scale = raw ? -1 : end;
+  layout.v_scale = raw ? -1 : end + scales;
+  layout.position = end + 2 * scales;
   layout.score = layout.position + PAGE_SIZE * 4;
   layout.page_bytes = layout.score + PAGE_SIZE * 2;
   return layout;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "smartkv/params.h"
 
@@ -31,7 +32,7 @@ constexpr float level_of(int bits, Levels levels, int code) {
 }
 
 // Tables of at most 16 entries (bits <= 4). `level` repeats, so that index bits above the code
-// may hold anything; `midpoint[i]` parts code i from code i + 1.
+// may hold anything; `midpoint[i]` parts code i from code i + 1, infinite behind the last.
 struct Codebook {
   alignas(64) float level[16];
   alignas(64) float midpoint[16];
@@ -46,8 +47,9 @@ constexpr Codebook make_codebook(int bits, Levels levels) {
     book.level[i] = level_of(bits, levels, i % count);
     book.level_byte[i] = static_cast<int8_t>(book.level[i]);
   }
-  for (int i = 0; i + 1 < count; ++i) {
-    book.midpoint[i] = (book.level[i] + book.level[i + 1]) / 2;
+  for (int i = 0; i < 16; ++i) {
+    book.midpoint[i] = i + 1 < count ? (book.level[i] + book.level[i + 1]) / 2
+                                     : std::numeric_limits<float>::infinity();
   }
   return book;
 }

@@ -12,7 +12,7 @@
 namespace smartkv {
 
 constexpr int PAGE_SIZE = 64;  // token records per page
-constexpr int MAX_TIERS = 5;   // 2, 3, 4, 8 and 16 bits
+constexpr int MAX_TIERS = 7;   // TIERS in layout.h
 
 enum class DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum class Levels : int32_t { UNIFORM = 0, GAUSSIAN = 1 };
@@ -36,12 +36,12 @@ struct HeadsView {
   int64_t stride_b, stride_h, stride_n;
 };
 
-// The paged, ragged, mixed-tier part of a cache. Tiers are in ascending bits.
+// The paged, ragged, mixed-tier part of a cache. Tiers are ascending.
 struct PagedKV {
   uint8_t* pools[MAX_TIERS];  // [num_pages of the tier, page_bytes of the tier]
   int64_t page_bytes[MAX_TIERS];
   int64_t num_pages[MAX_TIERS];  // of the pools
-  int tier_bits[MAX_TIERS];      // 2, 3, 4, 8 or 16
+  int tier_bits[MAX_TIERS];      // of TIERS in layout.h
   int num_tiers;
   const int32_t* block_table;  // [batch, num_kv_heads, num_tiers, max_pages], page ids
   int32_t* cache_seqlens;      // [batch, num_kv_heads, num_tiers], records
@@ -60,7 +60,8 @@ struct QuantizeParams {
   const float* scores;       // [batch, num_kv_heads, kv_len] contiguous
   uint8_t* pages;  // [batch, num_kv_heads, ceil(kv_len / 64), page_bytes], every byte is written
   int64_t page_bytes;
-  int batch, num_kv_heads, head_dim, bits;
+  int batch, num_kv_heads, head_dim;
+  int tier;
   int64_t kv_len;
   Levels levels;
 };
@@ -72,7 +73,8 @@ struct DequantizeParams {
   void* k;              // [batch, num_kv_heads, num_pages * 64, head_dim] of dtype
   void* v;              // same
   DType dtype;          // for 16-bit pages also the dtype of the stored values
-  int batch, num_kv_heads, head_dim, bits;
+  int batch, num_kv_heads, head_dim;
+  int tier;
   int64_t num_pages;
   Levels levels;
 };

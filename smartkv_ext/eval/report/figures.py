@@ -12,7 +12,9 @@ from .data import Summary, label
 from .maps import KeptMap
 
 COLOURS = ("#0b6e99", "#c4472b", "#3f7d2a", "#8a4fa3", "#b8860b", "#d0578c", "#2f4b7c", "#5f5f5f")
-TIER_COLOURS = {0: "#e8e8e8", 2: "#e8a33d", 3: "#d8cf4a", 4: "#6cb35f", 8: "#3b8fc2", 16: "#24476b"}
+TIER_COLOURS = {
+    0: "#e8e8e8", 2: "#e8a33d", 2.5: "#e0b943", 3: "#d8cf4a", 3.5: "#a2c154", 4: "#6cb35f", 8: "#3b8fc2", 16: "#24476b",
+}  # fmt: skip
 LABELS = {"kl": "KL (nats per token)", "perplexity": "perplexity", "recall": "planted facts recalled"}
 
 
@@ -103,7 +105,7 @@ def tiers_per_layer(kept: KeptMap) -> str:
     axes = figure.add_subplot()
     bottom = torch.zeros(kept.bits.shape[0])
     for bits, share in kept.tier_shares().items():
-        label = "evicted" if bits == 0 else f"{bits} bit" if bits < 16 else "16 bit and window"
+        label = "evicted" if bits == 0 else f"{bits:g} bit" if bits < 16 else "16 bit and window"
         axes.bar(range(len(share)), share, bottom=bottom, width=1.0, color=TIER_COLOURS.get(bits), label=label)
         bottom += share
     axes.set_xlabel("layer")

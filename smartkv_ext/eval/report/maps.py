@@ -14,7 +14,7 @@ from .data import label
 
 @dataclass(frozen=True)
 class KeptMap:
-    """bits (layers, heads, tokens) uint8, 0: evicted; the tokens as text."""
+    """bits (layers, heads, tokens) float32, mean of keys and values, 0: evicted; the tokens as text."""
 
     title: str
     ratio: float
@@ -26,13 +26,13 @@ class KeptMap:
         """Read a row of kind "map"."""
         raw = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(row["map"]))), dtype=torch.uint8)
         title = f"{label(row['method'])} | {row['task']} {row['document']}"
-        return cls(title, row["ratio"], raw.view(row["map_shape"]), row["token_texts"])
+        return cls(title, row["ratio"], raw.view(row["map_shape"]) / row.get("map_unit", 1), row["token_texts"])
 
     def kept_share(self) -> torch.Tensor:
         """(layers, heads) share of tokens kept."""
         return (self.bits > 0).float().mean(2)
 
-    def tier_shares(self) -> dict[int, torch.Tensor]:
+    def tier_shares(self) -> dict[float, torch.Tensor]:
         """bits -> (layers,) share of tokens, mean over heads."""
         return {b: (self.bits == b).float().mean((1, 2)) for b in self.bits.unique().tolist()}
 
