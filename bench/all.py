@@ -25,9 +25,10 @@ from tqdm import tqdm
 from bench.machine import describe
 from bench.tables import markdown
 from smartkv_ext import ops
+from smartkv_ext.reference import layout
 
 RESULTS = Path(__file__).parent / "results"
-TIERS = ("2", "3", "4", "8", "16")
+TIERS = tuple(map(str, layout.TIERS))
 SHAPES = {
     "": ("32", "8", "128"),  # query heads, kv heads, head_dim: Llama-3-8B, Qwen3-8B
     " SmolLM2-135M": ("9", "3", "64"),

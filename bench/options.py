@@ -15,7 +15,7 @@ HugePages = Annotated[
 ]
 JsonOnly = Annotated[bool, typer.Option("--json", help="print the JSON line alone")]
 Plot = Annotated[Path | None, typer.Option(help="PNG file to draw: time against the floor")]
-Bits = Annotated[int, typer.Option(help="2, 3, 4, 8 or 16")]
+Bits = Annotated[int, typer.Option(help="tier: 2, 302 (K3V2), 3, 403 (K4V3), 4, 8 or 16")]
 KvLen = Annotated[int, typer.Option(min=1, help="tokens in the cache")]
 KvHeads = Annotated[int, typer.Option(min=1)]
 Heads = Annotated[int, typer.Option(min=1, help="query heads")]

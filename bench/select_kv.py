@@ -17,20 +17,18 @@ from bench import options
 from bench.session import Session
 from bench.timing import Work
 from smartkv_ext import ops
-from smartkv_ext.reference.layout import page_layout
-from smartkv_ext.reference.levels import RELATIVE_DISTORTION
-
-TIERS = (2, 3, 4, 8, 16)
+from smartkv_ext.quant import TIER_LOSS
+from smartkv_ext.reference.layout import TIERS, page_layout
 
 
 def select_calls(session: Session, scores: torch.Tensor, head_dim: int, budget: float) -> Work:
     """scores (groups, heads, n): calls on separate copies. ``budget``: share of the bytes of 16-bit pages."""
     groups, heads, n = scores.shape
-    page_bytes = [page_layout(bits, head_dim).page_bytes for bits in TIERS]
+    page_bytes = [page_layout(tier, head_dim).page_bytes for tier in TIERS]
     current = torch.full(scores.shape, len(TIERS), dtype=torch.int8)
     limit = int(budget * heads * n * head_dim * 4)
     budgets = torch.full((groups,), limit, dtype=torch.int64, device=session.device)
-    distortion = [RELATIVE_DISTORTION[bits] for bits in TIERS]
+    distortion = [TIER_LOSS[tier] for tier in TIERS]
     calls = [
         partial(ops.select_kv, s, c, budgets, page_bytes, distortion)
         for s, c in zip(*session.copies(scores, current), strict=True)

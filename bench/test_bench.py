@@ -24,9 +24,9 @@ from bench.quantize_kv import quantize_calls
 from bench.select_kv import select_calls
 from bench.session import Session
 from bench.timing import Work
+from smartkv_ext.reference.layout import TIERS
 
 HEADS, KV_HEADS, KV_LEN, HEAD_DIM = 32, 8, 8192, 128
-TIERS = (2, 3, 4, 8, 16)
 
 
 @pytest.fixture(scope="module")

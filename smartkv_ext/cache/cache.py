@@ -32,7 +32,8 @@ class SmartKVCache(Cache):
             token gets the highest tier.
         policy: which tokens matter: a policy (``smartkv_ext.policies``), its name, or a JSON or YAML file that says
             more. "auto" takes gates where some for the model come with the package; ``report()`` says what it took.
-        tiers: bit widths that packed tokens may have, of 2, 3, 4, 8 and 16; 16 is the model's own dtype.
+        tiers: bit widths that packed tokens may have, of 2, "K3V2" (keys 3, values 2 bits), 3, "K4V3", 4, 8 and
+            16; 16 is the model's own dtype.
         sinks: first tokens of each sequence, never packed.
         window: newest tokens, never packed. It shrinks where it would take more than a quarter of the budget.
         scope: "head": every KV head decides for itself; "layer": a token lives or dies in all heads of a layer;

@@ -57,12 +57,11 @@ def run_demo(session: Session) -> dict[str, Any]:
 
 def _introduction(settings: Settings) -> str:
     budget = "no limit" if settings.budget is None else f"budget {settings.budget}"
-    bits = " or ".join(str(tier) for tier in settings.tiers)
     return (
         f"The document: about {NUM_TOKENS:,} tokens of Python's language reference. One fifth into it stands a note:"
         f"\n\n  {NOTE}\n\n"
         f"The model reads it once, and its key-value cache is compressed ({budget}, policy {settings.policy}, "
-        f"{bits} bits a value, scope {settings.scope}) before the question is known:"
+        f"{' or '.join(settings.tier_names)} bits a value, scope {settings.scope}) before the question is known:"
         f"\n\n  {QUESTION}\n\nThen the same with the full cache.\n\n{BEST_CASE}\n"
     )
 

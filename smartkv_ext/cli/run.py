@@ -16,7 +16,8 @@ import smartkv_ext
 from smartkv_ext.cache import CacheReport, SmartKVCache
 from smartkv_ext.eval.prompt import Prompt
 from smartkv_ext.hf.patching import attention_modules
-from smartkv_ext.reference.layout import TIERS
+from smartkv_ext.quant import QuantSpec
+from smartkv_ext.reference.layout import TIERS, tier_name
 
 Advance = Callable[[float], None]  # told how many more tokens have gone through the model
 Emit = Callable[[str], None]  # told the next piece of the answer
@@ -35,6 +36,11 @@ class Settings:
     max_new_tokens: int = 128
     chunk: int = 4096  # tokens of the document per forward pass
     one_line: bool = False  # an answer ends with its first line
+
+    @property
+    def tier_names(self) -> list[str]:
+        """Ascending, as people write them."""
+        return [tier_name(tier) for tier in QuantSpec.create(self.tiers, "gaussian", True).tiers]
 
     def new_cache(self, config: Any) -> SmartKVCache:
         """An empty cache. Raises ValueError naming the argument that is wrong."""

@@ -53,7 +53,7 @@ def decode_attention(
             holds no token. A slot that waits for a token may have the position that the token will have.
         q_start: (1,) int64, position of the first query. Kernels read it where it is, so a CUDA graph or a compiled
             step serves all positions. An int is put on the device of q first, which a graph would freeze.
-        tier_bits: ascending, each 2, 3, 4, 8 or 16.
+        tier_bits: ascending, of 2, 302 (K3V2), 3, 403 (K4V3), 4, 8 and 16.
         levels: "gaussian" or "uniform", as the pages were written.
         softmax_scale: default head_dim ** -0.5.
         sliding_window: 0: none.

@@ -30,7 +30,7 @@ def quantize_kv(
         k_mean: (batch, num_kv_heads, head_dim), float32.
         positions: (batch, num_kv_heads, n), int32, logical indices of the tokens.
         scores: (batch, num_kv_heads, n), float32, higher = keep; stored as bfloat16.
-        bits: 2, 3, 4, 8 or 16.
+        bits: the tier: 2, 3, 4, 8 or 16, or 302 (K3V2: keys 3, values 2 bits) or 403 (K4V3).
         levels: "gaussian" (Lloyd-Max levels, scales that keep the norm of keys and do not shorten values) or "uniform".
 
     Returns:
@@ -95,7 +95,7 @@ def append_kv(
         cache_seqlens: (batch, num_kv_heads, num_tiers) int32, contiguous; advanced.
         k, v, k_mean, positions, scores: as for quantize_kv.
         tiers: (batch, num_kv_heads, n) int8, index into tier_bits, -1: skip the token.
-        tier_bits: ascending, each 2, 3, 4, 8 or 16.
+        tier_bits: ascending, of 2, 302 (K3V2), 3, 403 (K4V3), 4, 8 and 16.
         levels: "gaussian" or "uniform".
 
     Raises:
