@@ -17,7 +17,7 @@ int32_t current_device() { return torch::stable::accelerator::getCurrentDeviceIn
 
 void* current_stream() {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current_device(), &stream));
   return stream;
 }
 
