@@ -8,20 +8,20 @@ inline void merge_row(const MergeStatesParams& p, int64_t row) {
   float top = -INFINITY;
   for (int64_t s = 0; s < p.num_states; ++s) {
     const float lse = p.lse[s * p.rows + row];
-    top = lse > top ? lse : top;
+    top = lse > top || lse != lse ? lse : top;  // NaN stays
   }
   float total = 0;
-  if (top > -INFINITY) {
+  if (top != -INFINITY) {
     for (int64_t s = 0; s < p.num_states; ++s) total += ::expf(p.lse[s * p.rows + row] - top);
   }
-  const float merged = top > -INFINITY ? top + ::logf(total) : -INFINITY;
+  const float merged = top == -INFINITY ? top : top + ::logf(total);
   p.out_lse[row] = merged;
   alignas(64) float o[MAX_HEAD_DIM], sum[MAX_HEAD_DIM];
   __builtin_memset(sum, 0, sizeof sum);
   for (int64_t s = 0; s < p.num_states; ++s) {
     const float lse = p.lse[s * p.rows + row];
-    const float weight = lse > -INFINITY ? ::expf(lse - merged) : 0.0f;
-    if (!(weight > 0)) continue;
+    const float weight = lse == -INFINITY ? 0.0f : ::expf(lse - merged);
+    if (weight == 0) continue;
     load_row(o, at(p.o, p.dtype, (s * p.rows + row) * p.head_dim), p.dtype, p.head_dim);
     for (int c = 0; c < p.head_dim; c += 16) {
       store(sum + c, fma(splat(weight), load(o + c), load(sum + c)));

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(THREADS)
           const float total = sum_lanes<WARP>(sum[k][token]);
           if (lane != k * TOKENS + token || !is_within(o + k, out)) continue;
           const float value = total + p.biases[layer][item.gate * out + o + k];
-          y[token * width + o + k] = layer + 1 < p.num_linear ? fmaxf(value, 0) : value;
+          y[token * width + o + k] = layer + 1 < p.num_linear ? max_or_nan(value, 0) : value;
         }
       }
     }
@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply_pair(float (&sum)[2][4], const unsigned
 __device__ __forceinline__ void activate(float (&x)[4], const float* bias) {
   const int t = threadIdx.x % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = fmaxf(x[i] + bias[2 * t + i % 2], 0.0f);
+  for (int i = 0; i < 4; ++i) x[i] = max_or_nan(x[i] + bias[2 * t + i % 2], 0);
 }
 
 // What the last layer makes of them, for the tokens g and g + 8.

@@ -16,17 +16,14 @@ constexpr int CHANNELS_PER_LANE = MAX_HEAD_DIM / WARP;
 // Log-sum-exp over the states of a row, the same in all lanes; -inf where all states are empty.
 __device__ float merged_lse(const MergeStatesParams& p, int64_t row, int lane) {
   float top = -INFINITY;
-  for (int64_t s = lane; s < p.num_states; s += WARP) top = fmaxf(top, p.lse[s * p.rows + row]);
-  for (int mask = WARP / 2; mask > 0; mask /= 2) {
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, mask));
+  for (int64_t s = lane; s < p.num_states; s += WARP) {
+    top = max_or_nan(top, p.lse[s * p.rows + row]);
   }
-  if (!(top > -INFINITY)) return -INFINITY;
+  top = max_lanes<WARP>(top);
+  if (top == -INFINITY) return -INFINITY;
   float total = 0;
   for (int64_t s = lane; s < p.num_states; s += WARP) total += expf(p.lse[s * p.rows + row] - top);
-  for (int mask = WARP / 2; mask > 0; mask /= 2) {
-    total += __shfl_xor_sync(0xffffffffu, total, mask);
-  }
-  return top + logf(total);
+  return top + logf(sum_lanes<WARP>(total));
 }
 
 // A warp per row, a lane per channel; blocks stride over rows. grid_shape: [min(rows / 4,
@@ -42,8 +39,8 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK) merge_states_kernel(Mer
     float sum[CHANNELS_PER_LANE] = {};
     for (int64_t s = 0; s < p.num_states; ++s) {
       const float lse = p.lse[s * p.rows + row];
-      const float weight = lse > -INFINITY ? expf(lse - merged) : 0.0f;
-      if (!(weight > 0)) continue;  // a state of weight zero may hold NaN
+      const float weight = lse == -INFINITY ? 0.0f : expf(lse - merged);
+      if (weight == 0) continue;  // such a state may hold NaN
       const scalar_t* const state = o + (s * p.rows + row) * p.head_dim;
 #pragma unroll
       for (int i = 0; i < CHANNELS_PER_LANE; ++i) {

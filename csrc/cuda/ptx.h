@@ -66,6 +66,13 @@ __device__ __forceinline__ unsigned permute_bytes(unsigned low, unsigned high, u
   return out;
 }
 
+// The larger one; NaN where one of them is, which fmaxf would drop.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
 #define SMARTKV_MMA(TYPE)                                                     \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE         \
                ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n" \
@@ -108,6 +115,7 @@ inline unsigned transpose_matrix(unsigned value, simt::Place where = simt::Place
 inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selector) {
   return simt::permute_bytes(low, high, selector);
 }
+inline float max_or_nan(float a, float b) { return simt::max_or_nan(a, b); }
 inline void multiply_fp16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                           simt::Place where = simt::Place::current()) {
   simt::multiply(simt::Element::FLOAT16, d, a, b, where);

@@ -65,7 +65,7 @@ __device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, bool is_
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     sum = __fadd_rn(sum, __fmul_rn(y.at[r], y.at[r]));
-    top = fmaxf(top, fabsf(y.at[r]));
+    top = max_or_nan(top, fabsf(y.at[r]));
   }
   sum = sum_lanes<HALF_WARP>(sum);
   const float mean = sum / static_cast<float>(HEAD_DIM);

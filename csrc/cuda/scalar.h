@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bounds.h"
+#include "ptx.h"
 #include "smartkv/layout.h"
 
 namespace smartkv {
@@ -71,7 +72,7 @@ template <int LANES>
 __device__ __forceinline__ float max_lanes(float x) {
 #pragma unroll
   for (int mask = LANES / 2; mask > 0; mask /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, mask));
+    x = max_or_nan(x, __shfl_xor_sync(ALL_LANES, x, mask));
   }
   return x;
 }

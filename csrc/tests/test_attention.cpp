@@ -2,6 +2,7 @@
 #include "attention_plan.h"
 #include "attention_problem.h"
 #include "kernel_prelude.h"
+#include "not_finite.h"
 
 #define SMARTKV_ISA fetching
 // clang-format off: feed.h uses simd.h
@@ -131,33 +132,9 @@ void test_passed_pages_are_not_fetched() {
   CHECK(feed.take(64, &nothing).at == &nothing, "%s", "something behind the last page is fetched");
 }
 
-// A key that some query sees and that is NaN must show, in the output and in the log-sum-exp.
-void test_nan_keys_show() {
+void test_not_finite() {
   for (const KernelTable* kernels : testing::all_kernels()) {
-    for (Precision precision : PRECISIONS) {
-      for (int64_t q_len : {1, 20}) {
-        for (bool in_window : {true, false}) {
-          const Case c{1, 1, 2, 64, DType::FLOAT32, q_len, 70, 400, 0};
-          Problem problem(c, {in_window ? 4 : 16}, {130}, Levels::GAUSSIAN);
-          // Slot 46 of the window, or record 70.
-          Cache& cache = problem.cache;
-          if (in_window) problem.k_window.set(problem.k_window.index(0, 0, 46) + 5, NAN);
-          const float bad = NAN;
-          if (!in_window) std::memcpy(cache.page(0, 0, 70) + (6 * 64 + 5) * 4, &bad, sizeof bad);
-          Dense out(c.dtype, 1, 2, q_len, 64);
-          std::vector<float> lse(2 * q_len);
-          DecodeAttentionParams p = problem.params();
-          p.out = out.bytes.data();
-          p.lse = lse.data();
-          p.precision = precision;
-          kernels->decode_attention(p, testing::parallel(3));
-          for (int64_t i = 0; i < 2 * q_len; ++i) {
-            CHECK(std::isnan(lse[i]) && std::isnan(out.get(i * 64)), "%s: %g, lse %g",
-                  kernels->name, out.get(i * 64), lse[i]);
-          }
-        }
-      }
-    }
+    for (Precision precision : PRECISIONS) check_not_finite(*kernels, precision);
   }
 }
 
@@ -215,7 +192,7 @@ int main() {
   test_wide_groups();
   test_page_walk();
   test_passed_pages_are_not_fetched();
-  test_nan_keys_show();
+  test_not_finite();
   test_uneven_values();
   test_steps_and_mass();
   return testing::report("attention");

@@ -1,5 +1,6 @@
 // merge_states and gate_score against plain double precision.
 #include "gate_problem.h"
+#include "not_finite.h"
 
 using namespace smartkv;
 using testing::Dense;
@@ -32,36 +33,13 @@ void test_merge(const KernelTable& kernels) {
   }
 }
 
-// The score of a key that is NaN is NaN, which select_kv does not take.
-void test_gate_keeps_nan(const KernelTable& kernels) {
-  testing::Dense keys(DType::FLOAT32, 1, 1, 3, 64);
-  keys.fill_normal();
-  keys.set(keys.index(0, 0, 1) + 5, NAN);
-  const HeadsView view = keys.view();
-  const std::vector<float> hidden(16 * 64, 0.1f), last(16, 0.1f);
-  float scores[3] = {};
-  GateScoreParams p{};
-  p.keys = &view;
-  p.weights[0] = hidden.data();
-  p.weights[1] = last.data();
-  p.biases[0] = p.biases[1] = last.data();
-  p.num_linear = 2;
-  p.sizes[0] = 64;
-  p.sizes[1] = 16;
-  p.sizes[2] = 1;
-  p.scores = scores;
-  p.num_layers = p.batch = p.num_kv_heads = 1;
-  p.kv_len = 3;
-  kernels.gate_score(p, testing::parallel(1));
-  for (int i = 0; i < 3; ++i) CHECK(std::isnan(scores[i]) == (i == 1), "score %d", i);
-}
-
 }  // namespace
 
 int main() {
   for (const KernelTable* kernels : testing::all_kernels()) {
     test_merge(*kernels);
-    test_gate_keeps_nan(*kernels);
+    check_gate_keeps_nan(*kernels, {64, 16, 1}, DType::FLOAT32, 3);
+    check_merge_keeps_nan(*kernels);
     check_gate(*kernels, {128, 32, 1}, DType::BFLOAT16);
     check_gate(*kernels, {80, 24, 7, 1}, DType::FLOAT32);
   }

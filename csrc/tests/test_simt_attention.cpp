@@ -1,6 +1,7 @@
 // decode_attention and attention_mass on the shim, against plain double precision.
 #include "attention_problem.h"
 #include "cuda_table.h"
+#include "not_finite.h"
 
 using namespace smartkv;
 
@@ -54,5 +55,7 @@ int main() {
   test_mixed_tiers();
   check_steps(CUDA);
   check_attention_mass(CUDA);
+  check_not_finite(CUDA, Precision::FLOAT32);
+  check_not_finite(CUDA, Precision::AUTO);
   return testing::report("test_simt_attention");
 }

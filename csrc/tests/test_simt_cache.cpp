@@ -79,6 +79,41 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
   }
 }
 
+// A vector with a NaN must not come back as a finite one where the CPU's does not.
+void test_nan_vectors(Levels levels) {
+  Dense k(DType::FLOAT32, 1, 1, 5, 64), v = k;
+  k.fill_normal();
+  v.fill_normal();
+  k.set(k.index(0, 0, 1) + 3, NAN);
+  v.set(v.index(0, 0, 3) + 3, NAN);
+  const Labels labels(5);
+  const std::vector<float> mean(64);
+  for (int bits : BITS) {
+    const PageLayout layout = page_layout(bits, 64, 4);
+    Dense got[2][2] = {{{k.dtype, 1, 1, PAGE_SIZE, 64}, {k.dtype, 1, 1, PAGE_SIZE, 64}},
+                       {{k.dtype, 1, 1, PAGE_SIZE, 64}, {k.dtype, 1, 1, PAGE_SIZE, 64}}};
+    for (int i = 0; i < 2; ++i) {
+      const KernelTable& kernels = i == 0 ? cpu_kernels() : CUDA;
+      std::vector<uint8_t> page(layout.page_bytes);
+      kernels.quantize_kv(
+          {k.view(), v.view(), mean.data(), labels.positions.data(), labels.scores.data(),
+           page.data(), layout.page_bytes, 1, 1, 64, bits, 5, levels},
+          testing::parallel());
+      kernels.dequantize_kv({page.data(), layout.page_bytes, mean.data(), got[i][0].bytes.data(),
+                             got[i][1].bytes.data(), k.dtype, 1, 1, 64, bits, 1, levels},
+                            testing::parallel());
+    }
+    for (int part = 0; part < 2; ++part) {
+      for (int64_t at = 0; at < 5 * 64; ++at) {
+        const float cpu = got[0][part].get(at), cuda = got[1][part].get(at);
+        CHECK(cpu == cuda || (std::isnan(cpu) && std::isnan(cuda)), "%d bits: %g, not %g", bits,
+              cuda, cpu);
+      }
+    }
+    CHECK(std::isnan(got[1][0].get(64 + 3)), "%d bits", bits);
+  }
+}
+
 std::vector<int8_t> random_tiers(int64_t count, int low, int high) {
   std::vector<int8_t> tiers(count);
   for (int8_t& t : tiers) t = static_cast<int8_t>(testing::random_int(low, high));
@@ -160,6 +195,8 @@ int main() {
     }
     test_append_and_compact(head_dim, DTYPES[turn % 3], {std::begin(TIERS), std::end(TIERS)}, 50);
   }
+  test_nan_vectors(Levels::GAUSSIAN);
+  test_nan_vectors(Levels::UNIFORM);
   test_append_and_compact(64, DType::BFLOAT16, {4}, 0);
   test_compact_without_pages();
   test_append_and_compact(64, DType::BFLOAT16, {3, 16}, 100);

@@ -1,6 +1,7 @@
 // select_kv on the shim, equal to the CPU's, and gate_score against double precision.
 #include "cuda_table.h"
 #include "gate_problem.h"
+#include "not_finite.h"
 
 using namespace smartkv;
 
@@ -67,5 +68,10 @@ int main() {
   check_gate(CUDA, {80, 40, 1}, DType::FLOAT16, 33, ROUNDED);
   check_gate(CUDA, {96, 70, 30, 1}, DType::BFLOAT16, 40, ROUNDED);
   check_gate(CUDA, {128, 256, 256, 1}, DType::BFLOAT16, 129, ROUNDED);
+  check_gate_keeps_nan(CUDA, {64, 16, 1}, DType::FLOAT32, 3);
+  check_gate_keeps_nan(CUDA, {80, 24, 7, 1}, DType::BFLOAT16, 1);
+  check_gate_keeps_nan(CUDA, {64, 40, 1}, DType::BFLOAT16, 40);
+  check_gate_keeps_nan(CUDA, {64, 70, 30, 1}, DType::FLOAT16, 40);
+  check_merge_keeps_nan(CUDA);
   return testing::report("test_simt_scores");
 }

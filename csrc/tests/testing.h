@@ -93,7 +93,8 @@ struct Dense {
         dtype == smartkv::DType::BFLOAT16
             ? static_cast<uint16_t>(u >> 16)
             : static_cast<uint16_t>((u >> 16 & 0x8000) |
-                                    (std::isnan(x) ? 0x7e00
+                                    (std::isnan(x)   ? 0x7e00
+                                     : std::isinf(x) ? 0x7c00
                                      : std::fabs(x) < 6.2e-5f
                                          ? 0
                                          : ((u & 0x7fffffff) - 0x38000000) >> 13));

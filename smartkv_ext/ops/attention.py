@@ -128,7 +128,8 @@ def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         o: (num_states, ..., head_dim), float32, bfloat16 or float16.
-        lse: (num_states, ...) float32, natural log; -inf: an empty state, whose o is ignored.
+        lse: (num_states, ...) float32, natural log; -inf: an empty state, whose o is ignored. NaN makes NaN of
+            the result.
 
     Returns:
         o (..., head_dim) of o's dtype and lse (...) float32; 0 and -inf where all states are empty.

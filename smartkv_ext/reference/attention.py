@@ -108,5 +108,5 @@ def merge_states(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torc
     """See smartkv_ext.ops.merge_states."""
     merged = lse.logsumexp(0)
     weight = torch.exp(lse - merged.clamp(min=torch.finfo(torch.float32).min))
-    weighted = torch.where(weight[..., None] > 0, o.float() * weight[..., None], 0.0)
+    weighted = torch.where(weight[..., None] == 0, 0.0, o.float() * weight[..., None])
     return weighted.sum(0).to(o.dtype), merged

@@ -2,6 +2,8 @@
 // PTX manual. Kernels reach them through csrc/cuda/ptx.h.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <source_location>
@@ -34,6 +36,11 @@ inline unsigned permute_bytes(unsigned low, unsigned high, unsigned selector) {
     out |= byte << 8 * i;
   }
   return out;
+}
+
+// max.NaN.
+inline float max_or_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b);
 }
 
 enum class Element { FLOAT16, BFLOAT16 };
