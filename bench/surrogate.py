@@ -3,12 +3,14 @@
 python -m bench.surrogate --data SHARDS --text NOVEL.txt@0.5      shards of a recipe with ``hidden: true``
 
 KVzap (NVIDIA, 2026) predicts the scores of a layer's heads from the layer's attention input: a linear map, or an MLP
-hidden_size -> 512 -> heads with GELU. Each scorer decides under one budget, nothing is quantised, and all decay with
-age alike, so that only the scores differ. "true target" is what all of them were trained to predict.
+hidden_size -> 512 -> heads with GELU. All train for as many epochs and keep their best one by the valid split (gates
+per head, the MLP per layer; the linear map is solved exactly). Each scorer decides under one budget, nothing is
+quantised, and all decay with age alike, so that only the scores differ. "true target" is what all were trained on.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from training.texts import documents
 from training.train import Trainer
 
 HIDDEN = 512  # of KVzap's MLP
-BATCH, EPOCHS, RATE = 512, 20, 1e-3
+BATCH, RATE = 512, 1e-3
 
 
 @dataclass(frozen=True)
@@ -65,41 +67,57 @@ def standardised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.mean(-2, keepdim=True), x.std(-2, keepdim=True).clamp(min=1e-3)
 
 
-def train_surrogate(hidden: torch.Tensor, target: torch.Tensor, mlp: bool) -> nn.Module:
-    """One layer's surrogate: hidden (n, hidden_size) float32, target (n, num_kv_heads), both standardised."""
+Tokens = tuple[torch.Tensor, torch.Tensor]  # of a layer: hidden (n, hidden_size) and target (n, num_kv_heads), float32
+
+
+def linear_surrogate(hidden: torch.Tensor, target: torch.Tensor) -> nn.Module:
+    """Ridge regression of one layer in closed form, on standardised tokens."""
+    linear = nn.Linear(hidden.shape[1], target.shape[1])
+    gram = hidden.T @ hidden + 1e-2 * len(hidden) * torch.eye(hidden.shape[1])
+    linear.weight.data = torch.linalg.solve(gram, hidden.T @ target).T
+    linear.bias.data.zero_()
+    return linear
+
+
+def mlp_surrogate(train: Tokens, valid: Tokens, epochs: int) -> nn.Module:
+    """KVzap's MLP of one layer on standardised tokens, at its best epoch."""
     torch.manual_seed(0)
-    width, heads = hidden.shape[1], target.shape[1]
-    if not mlp:  # ridge regression in closed form
-        linear = nn.Linear(width, heads)
-        gram = hidden.T @ hidden + 1e-2 * len(hidden) * torch.eye(width)
-        linear.weight.data = torch.linalg.solve(gram, hidden.T @ target).T
-        linear.bias.data.zero_()
-        return linear
-    model = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, heads))
+    hidden, target = train
+    model = nn.Sequential(
+        nn.Linear(hidden.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, target.shape[1])
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    for _ in range(EPOCHS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    least, best = torch.inf, model.state_dict()
+    for _ in range(epochs):
         for index in torch.randperm(len(hidden)).split(BATCH):
             optimizer.zero_grad()
             (model(hidden[index]) - target[index]).square().mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         schedule.step()
+        with torch.no_grad():
+            loss = (model(valid[0]) - valid[1]).square().mean().item()
+        if loss < least:
+            least, best = loss, copy.deepcopy(model.state_dict())
+    model.load_state_dict(best)
     return model
 
 
 class Surrogates:
     """KVzap's scorers of all layers."""
 
-    def __init__(self, data: Path, target: str, mlp: bool) -> None:
+    def __init__(self, data: Path, target: str, epochs: int) -> None:
+        """``epochs`` of the MLP; 0: the linear map."""
         train, valid = (TokenSet.load(data, split, [target], "hidden") for split in ("train", "valid"))
         heads = train.targets[target].shape[0] // train.inputs.shape[0]
         self.layers, self.moments, unexplained = [], [], []
-        for i, (x, x_valid) in enumerate(zip(train.inputs.float(), valid.inputs.float(), strict=True)):
+        for i in range(len(train.inputs)):  # a float32 copy of all layers is large
             mine = slice(i * heads, (i + 1) * heads)
+            x, x_valid = train.inputs[i].float(), valid.inputs[i].float()
             y, y_valid = train.targets[target][mine].T, valid.targets[target][mine].T
             (mean, std), (y_mean, y_std) = standardised(x), standardised(y)
-            model = train_surrogate((x - mean) / std, (y - y_mean) / y_std, mlp)
-            self.layers.append(model)
+            known, held_out = (((a - mean) / std, (b - y_mean) / y_std) for a, b in ((x, y), (x_valid, y_valid)))
+            self.layers.append(mlp_surrogate(known, held_out, epochs) if epochs else linear_surrogate(*known))
             self.moments.append((mean, std, y_mean, y_std))
             unexplained.append(((self.of_layer(i, x_valid) - y_valid.T) / y_std.T).square().mean())
         self.r2 = 1 - torch.stack(unexplained).mean().item()
@@ -157,15 +175,16 @@ def main(
     prefill: int = 2048,
     tokens: int = 256,
     budget: float = 0.25,
+    epochs: Annotated[int, typer.Option(min=1, help="of every scorer that has any")] = 20,
 ) -> None:
     """Print a row per scorer; last line JSON."""
-    compact = Recipe(target=target, epochs=20)
+    compact = Recipe(target=target, epochs=epochs, patience=epochs)
     scorers: dict[str, Any] = {
         "compact gate": CompactGates(data, compact, work / "compact"),
         "compact gate, key and value": CompactGates(data, replace(compact, inputs="key_value"), work / "values"),
         "gate of 64": CompactGates(data, replace(compact, kind="regression"), work / "wide"),
-        "KVzap-style linear": Surrogates(data, target, mlp=False),
-        "KVzap-style MLP": Surrogates(data, target, mlp=True),
+        "KVzap-style linear": Surrogates(data, target, 0),
+        "KVzap-style MLP": Surrogates(data, target, epochs),
     }
     network, tokenizer = load(model, dtype)
     config = network.config

@@ -23,6 +23,7 @@ class TokenSet:
     targets: dict[str, torch.Tensor]
     positions: torch.Tensor  # (n,) int32, in the piece
     pieces: torch.Tensor  # (n,) int64, one number per piece of text
+    documents: torch.Tensor | None  # (n,) int64, one number per document; None: collected before it was written down
     length: int  # of a piece
     facts: dict[str, Any]  # dataset.json
 
@@ -41,7 +42,7 @@ class TokenSet:
         if not paths or not described.is_file():
             raise ValueError(f"{str(folder)!r} has no shards of the {split} split: run training.collect first")
         names = ("keys", "values") if inputs == "key_value" else ("hidden",) if inputs == "hidden" else ("keys",)
-        parts, found, positions, pieces = [], [], [], []
+        parts, found, positions, pieces, documents = [], [], [], [], []
         for number, path in enumerate(paths):
             with _opened(path) as file:
                 missing = {*names, *targets} - set(file.keys())
@@ -51,10 +52,13 @@ class TokenSet:
                 found.append({name: file.get_tensor(name).float() for name in targets})
                 positions.append(file.get_tensor("positions"))
                 pieces.append(file.get_tensor("pieces").long() + 1000 * number)
+                if "documents" in file.keys():  # noqa: SIM118  # no mapping
+                    documents.append(file.get_tensor("documents"))
         facts = json.loads(described.read_text())
         return cls(
             torch.cat(parts, 2).flatten(0, 1), {n: torch.cat([x[n] for x in found], 2).flatten(0, 1) for n in targets},
-            torch.cat(positions), torch.cat(pieces), facts["recipe"]["length"], facts,
+            torch.cat(positions), torch.cat(pieces), torch.cat(documents) if len(documents) == len(paths) else None,
+            facts["recipe"]["length"], facts,
         )  # fmt: skip
 
     def target(self, recipe: Recipe) -> torch.Tensor:

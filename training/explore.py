@@ -49,9 +49,10 @@ def statistics(collector: Collector, text: torch.Tensor) -> torch.Tensor:
 def explore(recipe: Recipe, out: Path, pieces: int, quiet: bool = False) -> list[dict[str, Any]]:
     """A row per head, written to heads.csv with a picture beside it."""
     model, tokenizer = load(recipe.model, recipe.dtype)
-    collector, texts = Collector(model, tokenizer, recipe), Mixture.read(recipe.sources, "train", recipe.valid_share)
+    collector = Collector(model, tokenizer, recipe)
+    texts = Mixture.read(recipe.sources, "train", recipe.valid_share).bundled(recipe.length)
     found = [
-        statistics(collector, texts.piece(tokenizer, f"explore/{recipe.seed}/{i}", recipe.length))
+        statistics(collector, texts.piece(tokenizer, f"explore/{recipe.seed}/{i}", recipe.length)[0])
         for i in tqdm(range(pieces), unit="piece", disable=quiet)
     ]
     mean = torch.stack(found).mean(0)

@@ -22,7 +22,7 @@ def export_gates(folder: Path, out: Path, name: str | None = None) -> Gates:
     gates = Gates.from_pretrained(folder)
     recipe = gates.info.get("recipe", {})
     kept: dict[str, Any] = {k: v for k, v in gates.info.items() if k not in PRIVATE}
-    kept |= {k: recipe[k] for k in ("kind", "target", "weighted", "length", "seed") if k in recipe}
+    kept |= {k: recipe[k] for k in ("kind", "target", "weighted", "horizon", "length", "seed") if k in recipe}
     gates.info = kept | {"base_model": name or Path(str(gates.info.get("base_model"))).name}
     gates.save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from .targets import TARGETS
+from .targets import HORIZONS, TARGETS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -41,7 +41,7 @@ class Recipe:
     weighted: bool = False  # add log value_norm to the target
     inputs: str = "key"  # key or key_value
     hidden_size: int | None = None  # None: as the kind says
-    horizon: int = 256  # binary: attention from queries more than this many tokens later ...
+    horizon: int = 256  # binary, and what gates are evaluated on: attention from queries more than so much later ...
     threshold: float = 0.03  # ... with more than this probability
     loss: str = "mse"  # mse or huber, of regression and compact
     epochs: int = 20
@@ -70,8 +70,12 @@ class Recipe:
             raise ValueError(f"threshold must lie in (0, 1); got {self.threshold}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0; got {self.learning_rate}")
-        if self.kind == "binary" and not self.target.startswith("future_max"):
-            raise ValueError(f"target of binary gates must be a future_max; got {self.target!r}")
+        if self.horizon not in HORIZONS:
+            raise ValueError(f"horizon must be one of {', '.join(map(str, HORIZONS))}; got {self.horizon}")
+        if self.kind == "binary" and self.target != f"future_max_{self.horizon}":
+            raise ValueError(
+                f"target of binary gates must be future_max_{self.horizon}, as their horizon says; got {self.target!r}"
+            )
         if not self.sources or min(self.sources.values()) <= 0:
             raise ValueError(f"sources must name at least one text with a weight above 0; got {dict(self.sources)}")
 

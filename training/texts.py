@@ -1,7 +1,14 @@
-"""Texts to learn from: files, folders, exercises and Python's own library, split by document.
+"""Texts to learn from: files, folders, exercises, data sets of the hub and Python's own library, split by document.
 
-A source is a text file, a .jsonl file (every line an exercise, a document of its own), a folder of either, or "stdlib":
-the modules and the language reference of the running Python, there without a download. A document belongs to one split.
+A source is one of
+
+* a text file; a .jsonl file, every line a document of its own (an exercise with its solution, or a text); a folder of
+  either, where .jsonl files with anything else are skipped;
+* "hub:OWNER/NAME" or "hub:OWNER/NAME:CONFIG": the first documents of a data set's train split (training/hub.py);
+* "stdlib": the modules and the language reference of the running Python, there without a download.
+
+A document belongs to one split, which its own text decides: documents that are added move no other. Only a source
+that would have none in the valid split gives it the one that comes nearest.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ import json
 import pydoc_data.topics
 import random
 import sysconfig
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +26,13 @@ from typing import Any
 
 import torch
 
-FIELDS = (("problem", "solution"), ("question", "answer"))  # of the JSONL files that hold exercises
+from .hub import HUB, hub_rows
+
+FIELDS = (("problem", "solution"), ("question", "answer"), ("text",), ("context",))  # of rows that are documents
 SPLITS = ("train", "valid")
 CHARS_PER_TOKEN = 8  # more than any text needs: what is too long is cut after tokenising
 SEPARATOR = "\n\n"
+BUNDLE = 4  # documents too short for a piece are joined until they are as long as so many pieces
 
 
 def read_text(source: str) -> str:
@@ -54,32 +65,61 @@ def documents(tokenizer: Any, source: str, count: int, length: int) -> list[torc
 
 
 @dataclass(frozen=True)
+class Document:
+    """A text, or several short ones in a row."""
+
+    name: str
+    text: str
+
+    @property
+    def number(self) -> int:
+        """From 0 to 2 ** 63 - 1, decided by the text."""
+        return int.from_bytes(hashlib.sha256(self.text.encode()).digest()[:8], "big") >> 1
+
+    def held_out(self, share: float) -> bool:
+        """Whether it belongs to the valid split."""
+        return self.number < share * 2**63
+
+
+@dataclass(frozen=True)
 class Source:
     """The documents of one source that belong to a split."""
 
     name: str
-    texts: list[str]
+    documents: list[Document]
 
     @classmethod
     def read(cls, name: str, split: str, valid_share: float) -> Source:
         """Raises ValueError for a source that is missing, empty, or too small to be split."""
-        found = _standard_library() if name == "stdlib" else _files(Path(name))
-        # By hash, not by name: what is added moves few documents, but may move some. At least one is validated on.
-        found.sort(key=lambda item: hashlib.sha256(f"{item[0]}\0{len(item[1])}".encode()).digest())
-        valid = max(round(valid_share * len(found)), 1)
-        if len(found) <= valid:
+        found = sorted(_documents(name), key=lambda document: document.number)
+        valid = max(sum(document.held_out(valid_share) for document in found), 1)
+        if len(found) <= valid and (split == "train" or valid_share < 1):
             raise ValueError(f"source {name!r} must have at least {valid + 1} documents to split; got {len(found)}")
-        return cls(name, [text for _, text in (found[:valid] if split == "valid" else found[valid:])])
+        return cls(name, found[:valid] if split == "valid" else found[valid:])
 
-    def piece(self, rng: random.Random, chars: int) -> str:
-        """``chars`` characters from a random place on, with the next documents appended where one ends."""
-        sizes = [len(text) for text in self.texts]
-        i = rng.choices(range(len(sizes)), weights=sizes)[0]
-        text = self.texts[i][rng.randrange(max(sizes[i] - chars, 1)) :]
-        while len(text) < chars:
-            i = (i + 1) % len(sizes)
-            text += SEPARATOR + self.texts[i]
-        return text[:chars]
+    def bundled(self, chars: int) -> Source:
+        """Documents shorter than ``chars`` in a row, BUNDLE times as long together: no piece leaves its document."""
+        long = [document for document in self.documents if len(document.text) >= chars]
+        short = [document for document in self.documents if len(document.text) < chars]
+        rows: list[list[Document]] = [[]]
+        for document in short:
+            if sum(len(x.text) for x in rows[-1]) >= BUNDLE * chars:
+                rows.append([])
+            rows[-1].append(document)
+        if len(rows) > 1 and sum(len(x.text) for x in rows[-1]) < chars:
+            rows[-2] += rows.pop()
+        return Source(self.name, long + [_joined(row) for row in rows if row])
+
+    def piece(self, rng: random.Random, chars: int) -> tuple[str, Document]:
+        """``chars`` characters from a random place of a document on, or all of a shorter one."""
+        document = rng.choices(self.documents, weights=[len(document.text) for document in self.documents])[0]
+        begin = rng.randrange(max(len(document.text) - chars, 0) + 1)
+        return document.text[begin : begin + chars], document
+
+
+def _joined(row: list[Document]) -> Document:
+    name = row[0].name if len(row) == 1 else f"{row[0].name} and {len(row) - 1} more"
+    return Document(name, SEPARATOR.join(document.text for document in row))
 
 
 @dataclass(frozen=True)
@@ -93,25 +133,51 @@ class Mixture:
     def read(cls, weights: Mapping[str, float], split: str, valid_share: float = 0.1) -> Mixture:
         return cls([Source.read(name, split, valid_share) for name in weights], list(weights.values()))
 
-    def piece(self, tokenizer: Any, seed: str, length: int) -> torch.Tensor:
-        """(length,) token ids; the same seed gives the same piece. Raises ValueError where a piece comes out short."""
+    def bundled(self, length: int) -> Mixture:
+        """For pieces of ``length`` tokens."""
+        return Mixture([source.bundled(CHARS_PER_TOKEN * length) for source in self.sources], self.weights)
+
+    def piece(self, tokenizer: Any, seed: str, length: int) -> tuple[torch.Tensor, Document]:
+        """Token ids (length,) and their document; the same seed gives the same piece.
+
+        Raises ValueError where a piece comes out short.
+        """
         rng = random.Random(seed)
         source = rng.choices(self.sources, self.weights)[0]
-        text = source.piece(rng, CHARS_PER_TOKEN * length)
+        text, document = source.piece(rng, CHARS_PER_TOKEN * length)
         ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids[0, :length]
         if ids.shape[0] < length:
             raise ValueError(f"{source.name!r} gave {ids.shape[0]} tokens where {length} are wanted")
-        return ids
+        return ids, document
+
+    def digest(self) -> str:
+        """SHA-256 of all documents, in whatever order they were found."""
+        found = hashlib.sha256()
+        for source in self.sources:
+            for number in sorted(document.number for document in source.documents):
+                found.update(number.to_bytes(8, "big"))
+        return found.hexdigest()
 
 
-def _files(path: Path) -> list[tuple[str, str]]:
-    """(name, text) of every document."""
+def _documents(source: str) -> list[Document]:
+    """All documents of a source. Raises ValueError if there are none."""
+    if source == "stdlib":
+        return [Document(name, text) for name, text in _standard_library()]
+    if source.startswith(HUB):
+        return [Document(f"{source}/{i}", _content(row, source)) for i, row in enumerate(hub_rows(source))]
+    path = Path(source)
     if not path.exists():
-        raise ValueError(f"source {str(path)!r} does not exist: name a file, a folder, or stdlib")
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl")) if path.is_dir() else [path]
-    found = [(f"{file.name}/{i}", text) for file in files for i, text in enumerate(_documents_of(file))]
+        raise ValueError(f"source {source!r} does not exist: name a file, a folder, {HUB}OWNER/NAME, or stdlib")
+    if path.is_file():
+        return [Document(f"{path.name}/{i}", text) for i, text in enumerate(_documents_of(path))]
+    found = []
+    for file in sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl")):
+        try:
+            found += [Document(f"{file.name}/{i}", text) for i, text in enumerate(_documents_of(file))]
+        except ValueError as error:
+            warnings.warn(f"{error}; it is skipped", stacklevel=2)
     if not found:
-        raise ValueError(f"source {str(path)!r} must hold .txt, .md or .jsonl files")
+        raise ValueError(f"source {source!r} must hold .txt, .md or .jsonl files")
     return found
 
 
@@ -119,14 +185,16 @@ def _documents_of(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return [text]
-    return [_exercise(json.loads(line), path.name) for line in text.splitlines() if line.strip()]
+    return [_content(json.loads(line), path.name) for line in text.splitlines() if line.strip()]
 
 
-def _exercise(entry: dict[str, Any], name: str) -> str:
+def _content(row: Any, name: str) -> str:
+    """The text of a row. Raises ValueError if it has none."""
     for fields in FIELDS:
-        if all(field in entry for field in fields):
-            return "\n".join(str(entry[field]) for field in fields)
-    raise ValueError(f"{name!r} must hold exercises with {' or '.join(' and '.join(f) for f in FIELDS)}")
+        if isinstance(row, dict) and all(field in row for field in fields):
+            return "\n".join(str(row[field]) for field in fields)
+    wanted = " or ".join(" and ".join(fields) for fields in FIELDS)
+    raise ValueError(f"{name!r} must hold exercises or texts with {wanted}")
 
 
 def _standard_library() -> list[tuple[str, str]]:

@@ -60,6 +60,8 @@ class Trainer:
         self.epoch, self.waited = 0, 0
         self.best = torch.full((count,), torch.inf, device=device)
         self.best_weights = {name: x.detach().clone() for name, x in self.model.named_parameters()}
+        self.valid_weight = balanced(self.valid_target) if self.binary else torch.ones_like(self.valid_target)
+        self.valid_weight /= self.valid_weight.sum(1, keepdim=True)
         if self.binary:
             self.positives = [row.nonzero()[:, 0].cpu() for row in self.target]
             self.negatives = [(row == 0).nonzero()[:, 0].cpu() for row in self.target]
@@ -120,18 +122,18 @@ class Trainer:
         return x[:, None]
 
     def _loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """(heads,) mean over tokens."""
+        """(heads, n) of every token."""
         if self.binary:
-            return nn_bce(out, target).mean(1)
+            return nn_bce(out, target)
         if self.recipe.loss == "huber":
-            return torch.nn.functional.huber_loss(out, target, reduction="none", delta=HUBER).mean(1)
-        return (out - target).square().mean(1)
+            return torch.nn.functional.huber_loss(out, target, reduction="none", delta=HUBER)
+        return (out - target).square()
 
     def _epoch(self) -> float:
         total, steps = 0.0, 0
         for inputs, target in self._batches():
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self._loss(self.model(inputs), target)
+            loss = self._loss(self.model(inputs), target).mean(1)
             loss.sum().backward()  # type: ignore[no-untyped-call]  # heads do not share a weight
             self.optimizer.step()
             total, steps = total + loss.mean().item(), steps + 1
@@ -139,14 +141,15 @@ class Trainer:
 
     @torch.no_grad()
     def losses(self) -> torch.Tensor:
-        """(heads,) on the valid split; regression: the share of the target's variance that is not explained."""
+        """(heads,) on the valid split. Regression: the share of the target's variance that is not explained; binary:
+        half of it from positives, as in training, or saying no to nearly everything would look best.
+        """
         total = torch.zeros_like(self.best)
-        for inputs, target in zip(
-            self.valid_inputs.split(EVALUATED, 1), self.valid_target.split(EVALUATED, 1), strict=True
-        ):
+        parts = (x.split(EVALUATED, 1) for x in (self.valid_inputs, self.valid_target, self.valid_weight))
+        for inputs, target, weight in zip(*parts, strict=True):
             goal = target if self.binary else (target - self._out("out_mean")) / self._out("out_std")
-            total += self._loss(self.model(inputs), goal) * target.shape[1]
-        return total / self.valid_target.shape[1]
+            total += (self._loss(self.model(inputs), goal) * weight).sum(1)
+        return total
 
     # -- logs and checkpoints --------------------------------------------------------------------------------------
 
@@ -173,7 +176,8 @@ class Trainer:
         targets = hashlib.sha256()
         for x in (self.target, self.valid_target):
             targets.update(x.cpu().numpy().tobytes())
-        return asdict(self.recipe) | {"tokens seen": self.inputs.shape[1], "targets": targets.hexdigest()}
+        facts = {"tokens seen": self.inputs.shape[1], "targets": targets.hexdigest()}
+        return asdict(self.recipe) | facts | ({"validation": "balanced"} if self.binary else {})
 
     def _resume(self) -> None:
         """Go on from a checkpoint of the same recipe and data; any other is left behind."""
@@ -205,6 +209,12 @@ class Trainer:
             weights, biases, facts, self.recipe.kind, self.recipe.inputs, sketch, quantiles,
             info=info | {"recipe": asdict(self.recipe), "valid_loss": self.best.mean().item(), "epochs": self.epoch},
         )  # fmt: skip
+
+
+def balanced(labels: torch.Tensor) -> torch.Tensor:
+    """(heads, n) weights that give both labels (heads, n), 1 or 0, the same sum, where a head has both."""
+    share = labels.mean(1, keepdim=True)
+    return torch.where(labels > 0, 1 / share.clamp(min=1e-9), 1 / (1 - share).clamp(min=1e-9))
 
 
 def nn_bce(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -190,6 +190,9 @@ def test_hybrid_splits_the_layers():
         kept.append(int((policy.score(view)[0, 0] > -torch.inf).sum()))
     assert kept == [4, 8, 40, 8]
     assert [policy.layer_share(i, 4, 2) for i in range(4)] == [0, 0, 4, 0]
+    mean = torch.tensor([2.0, 2.0, 0.0, 0.0])  # gates that give nothing to the layers that follow them
+    policy = get_policy("gate_hybrid", gates=random_gates(layer_shares=mean), local_layers=2)
+    assert [policy.layer_share(i, 4, 2) for i in range(4)] == [0, 0, 2, 2]
     with pytest.raises(ValueError, match="some layer of 4 must follow its gates"):
         get_policy("gate_hybrid", local_layers=4).check(4, 2)
     with pytest.raises(ValueError, match=r"gate_layers must be layers from 0 to 3; got \[-1, 9\]"):

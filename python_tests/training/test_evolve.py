@@ -209,6 +209,6 @@ def test_texts_are_read_in_parts(tmp_path):
             read_text(source)
     with pytest.raises(ValueError, match="too little text"):
         documents(Words(), str(tmp_path / "a.txt"), 2, 90)
-    (tmp_path / "c.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "c.jsonl").write_text('{"title": "x"}\n')
     with pytest.raises(ValueError, match="must hold exercises"):
         read_text(str(tmp_path / "c.jsonl"))

@@ -22,7 +22,7 @@ from training.export import export_gates
 from training.pipeline import run
 from training.recipe import Recipe
 from training.stacked import StackedGates, hidden_widths
-from training.texts import Mixture, Source
+from training.texts import Mixture
 from training.train import Trainer, train_gates
 
 TEXT = "\n\n".join(
@@ -90,25 +90,6 @@ def test_value_norms_are_those_of_the_output_projection():
         torch.testing.assert_close(found.float(), want, rtol=2e-3, atol=2e-3)
 
 
-def test_a_document_belongs_to_one_split(recipe, tmp_path):
-    (name,) = recipe.sources
-    train, valid = Source.read(name, "train", 0.3), Source.read(name, "valid", 0.3)
-    assert len(train.texts) == 3 and len(valid.texts) == 1 and not set(train.texts) & set(valid.texts)
-    lines = [json.dumps({"question": f"What is {i}?", "answer": str(i)}) for i in range(20)]
-    (tmp_path / "math.jsonl").write_text("\n".join(lines))
-    assert len(Source.read(str(tmp_path / "math.jsonl"), "valid", 0.1).texts) == 2
-    for bad, sentence in ((str(tmp_path / "none"), "does not exist"), (str(tmp_path / "math.jsonl"), "at least 21")):
-        with pytest.raises(ValueError, match=sentence):
-            Source.read(bad, "train", 0.1 if "none" in bad else 1.0)
-
-
-def test_pieces_depend_on_their_seed_alone(recipe):
-    _, tokenizer = collect.load(recipe.model, "float32")
-    texts = Mixture.read(recipe.sources, "train", 0.3)
-    a, b, c = (texts.piece(tokenizer, seed, 48) for seed in ("x", "x", "y"))
-    assert torch.equal(a, b) and not torch.equal(a, c) and len(a) == 48
-
-
 def test_shards_are_the_same_whoever_makes_them(recipe, shards, tmp_path, monkeypatch):
     assert {p.name for p in shards.glob("*.safetensors")} == {
         *(f"train-{i:05d}.safetensors" for i in range(9)), "valid-00009.safetensors",
@@ -158,13 +139,14 @@ def test_a_shard_holds_the_keys_of_the_model(recipe, shards):
     assert tensors["keys"].shape == (2, 1, 8 * 44, 64) == tensors["values"].shape
     assert tensors["hidden"].shape == (2, 1, 8 * 44, 128)
     texts = Mixture.read(recipe.sources, "train", recipe.valid_share)
-    text = texts.piece(tokenizer, f"{recipe.seed}/3/5", recipe.length)
+    text, document = texts.bundled(recipe.length).piece(tokenizer, f"{recipe.seed}/3/5", recipe.length)
     keys = []
     model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda _m, _a, out: keys.append(out[0]))
     with torch.no_grad():
         model(text[None])
     here = tensors["pieces"] == 5
     positions = tensors["positions"][here].long()
+    assert (tensors["documents"][here] == document.number).all() and (tensors["documents"] != document.number).any()
     torch.testing.assert_close(tensors["keys"][1, 0, here], keys[0][positions], rtol=1e-4, atol=1e-4)
 
 
@@ -231,6 +213,20 @@ def test_gates_learn_what_a_key_says_and_a_stopped_run_goes_on(recipe, shards, t
         assert [int(row["epoch"]) for row in csv.DictReader(file)] == list(range(1, whole.epoch + 1))
 
 
+def test_both_labels_count_alike_for_early_stopping(recipe, shards, tmp_path):
+    chosen = replace(recipe, kind="binary", target="future_max_32", hidden_size=16)
+    sets = learnable(chosen, shards)
+    for tokens in sets:
+        tokens.usable = lambda _recipe, n=tokens.count: torch.ones(n, dtype=torch.bool)
+    sets[1].targets["future_max_32"][1] = -8.0  # a head without positives
+    trainer = Trainer(chosen, *sets, tmp_path)
+    out, label = trainer.outputs(trainer.valid_inputs), trainer.valid_target > 0
+    wrong = torch.where(label, torch.nn.functional.softplus(-out), torch.nn.functional.softplus(out))
+    want = (wrong[0][label[0]].mean() + wrong[0][~label[0]].mean()) / 2
+    assert 0 < label[0].float().mean() < 0.3
+    torch.testing.assert_close(trainer.losses(), torch.stack([want, wrong[1].mean()]))
+
+
 def test_a_checkpoint_of_other_data_is_left_behind(recipe, shards, tmp_path):
     chosen, sets = replace(recipe, epochs=1), learnable(recipe, shards)
     Trainer(chosen, *sets, tmp_path).fit(quiet=True)
@@ -252,7 +248,9 @@ def test_probabilities_are_calibrated():
     assert slope == pytest.approx(2, rel=0.1) and offset == pytest.approx(-3, rel=0.1)
     p = torch.sigmoid(slope * scores + offset).numpy()
     assert calibration_error(p, labels) < 0.01 < calibration_error(torch.sigmoid(scores).numpy(), labels)
-    assert platt(scores.numpy(), labels & False) == (1.0, 0.0)
+    for one, rate in ((labels & False, 0), (labels | True, 1), (labels[:0], 0.5)):
+        slope, offset = platt(scores.numpy()[: len(one)], one)
+        assert slope > 0 and float(torch.sigmoid(slope * scores + offset).mean()) == pytest.approx(rate, abs=0.01)
 
 
 def test_the_whole_way(recipe, tmp_path):
@@ -289,12 +287,19 @@ def test_what_gates_cannot_be_evaluated_on(recipe, shards, tmp_path):
         evaluate_gates(tmp_path / "bare", shards, tmp_path / "e")
 
 
-def test_only_held_out_text_calibrates(recipe, shards, tmp_path):
+def test_only_held_out_text_calibrates_and_only_when_asked_to_twice(recipe, shards, tmp_path):
     train_gates(replace(recipe, epochs=1), shards, tmp_path / "gates", quiet=True)
     evaluate_gates(tmp_path / "gates", shards, tmp_path / "train", "train")
     assert Gates.from_pretrained(tmp_path / "gates").calibration is None
-    evaluate_gates(tmp_path / "gates", shards, tmp_path / "valid")
-    assert Gates.from_pretrained(tmp_path / "gates").calibration is not None
+    assert evaluate_gates(tmp_path / "gates", shards, tmp_path / "valid")["calibration written"]
+    first = Gates.from_pretrained(tmp_path / "gates")
+    assert first.info["calibrated"] == {"horizon": 32, "threshold": recipe.threshold}
+    again = evaluate_gates(tmp_path / "gates", shards, tmp_path / "valid", threshold=0.05)
+    assert not again["calibration written"] and again["threshold"] == 0.05
+    assert torch.equal(Gates.from_pretrained(tmp_path / "gates").calibration, first.calibration)
+    evaluate_gates(tmp_path / "gates", shards, tmp_path / "valid", threshold=0.05, calibrate=True)
+    assert not torch.equal(Gates.from_pretrained(tmp_path / "gates").calibration, first.calibration)
+    assert evaluate_gates(tmp_path / "gates", shards, tmp_path / "valid")["threshold"] == 0.05, "as calibrated"
 
 
 def test_gates_of_keys_and_values(recipe, shards, tmp_path):
@@ -343,7 +348,9 @@ def test_recipes_say_what_is_wrong(tmp_path):
         ("learning_rate: 0", "learning_rate must be above 0; got 0"),
         ("threshold: 0", r"threshold must lie in \(0, 1\); got 0"),
         ("target: recon_summ", "target must be one of recon_max, .*; got 'recon_summ'"),
-        ("kind: binary", "target of binary gates must be a future_max; got 'recon_max'"),
+        ("kind: binary", "target of binary gates must be future_max_256, as their horizon says; got 'recon_max'"),
+        ("{kind: binary, target: future_max_256, horizon: 32}", "must be future_max_32, .*; got 'future_max_256'"),
+        ("horizon: 100", "horizon must be one of 32, 256; got 100"),
     ):
         path = tmp_path / "r.yaml"
         path.write_text(text)

@@ -122,12 +122,12 @@ def train(
 def evaluate(
     gates: Gates, data: Data, out: Out, split: str = "valid",
     threshold: Annotated[float | None, typer.Option(help="Attention that matters. Default: the recipe's.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Replace the calibration of gates with one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the line of JSON alone, without the table.")] = False,
 ) -> None:  # fmt: skip
-    """AUC, sensitivity, specificity, calibration of every head, with pictures; calibrates the gates in place."""
-    changes = {} if threshold is None else {"threshold": threshold}
+    """AUC, sensitivity, specificity, calibration of every head, with pictures; calibrates gates that are not."""
     with told():
-        result = step("evaluate").evaluate_gates(gates, data, out, split, **changes)
+        result = step("evaluate").evaluate_gates(gates, data, out, split, threshold=threshold, calibrate=calibrate)
         step("evaluate").show_evaluation(f"{gates}: {split}", result, as_json)
 
 

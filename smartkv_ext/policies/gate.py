@@ -190,6 +190,8 @@ class GateHybrid(Gate):
         shares = [
             Gate.layer_share(self, i, num_layers, num_kv_heads) if self._follows(i) else 0.0 for i in range(num_layers)
         ]
+        if sum(shares) == 0:  # the gates give all to layers that do not follow them
+            shares = [float(self._follows(i)) for i in range(num_layers)]
         return shares[layer_idx] * num_layers / sum(shares)
 
     def spec(self) -> dict[str, Any]:
