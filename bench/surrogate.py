@@ -11,13 +11,14 @@ quantised, and all decay with age alike, so that only the scores differ. "true t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache
 
@@ -62,12 +63,14 @@ class Table(Policy):
         return found - self.decay[view.layer_idx][:, None] * fall
 
 
-def standardised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation over tokens (the second last dimension)."""
-    return x.mean(-2, keepdim=True), x.std(-2, keepdim=True).clamp(min=1e-3)
-
-
 Tokens = tuple[torch.Tensor, torch.Tensor]  # of a layer: hidden (n, hidden_size) and target (n, num_kv_heads), float32
+
+
+def surrogate(width: int, heads: int, mlp: bool) -> nn.Module:
+    """An untrained scorer of one layer."""
+    if not mlp:
+        return nn.Linear(width, heads)
+    return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, heads))
 
 
 def linear_surrogate(hidden: torch.Tensor, target: torch.Tensor) -> nn.Module:
@@ -83,9 +86,7 @@ def mlp_surrogate(train: Tokens, valid: Tokens, epochs: int) -> nn.Module:
     """KVzap's MLP of one layer on standardised tokens, at its best epoch."""
     torch.manual_seed(0)
     hidden, target = train
-    model = nn.Sequential(
-        nn.Linear(hidden.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, target.shape[1])
-    )  # fmt: skip
+    model = surrogate(hidden.shape[1], target.shape[1], mlp=True)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     least, best = torch.inf, model.state_dict()
@@ -103,34 +104,63 @@ def mlp_surrogate(train: Tokens, valid: Tokens, epochs: int) -> nn.Module:
     return model
 
 
-class Surrogates:
-    """KVzap's scorers of all layers."""
+class Surrogates(nn.Module):
+    """KVzap's scorers of all layers. ``inputs`` and ``outputs``: means and standard deviations (layers, 2, size)."""
 
-    def __init__(self, data: Path, target: str, epochs: int) -> None:
-        """``epochs`` of the MLP; 0: the linear map."""
-        train, valid = (TokenSet.load(data, split, [target], "hidden") for split in ("train", "valid"))
-        heads = train.targets[target].shape[0] // train.inputs.shape[0]
-        self.layers, self.moments, unexplained = [], [], []
-        for i in range(len(train.inputs)):  # a float32 copy of all layers is large
-            mine = slice(i * heads, (i + 1) * heads)
-            x, x_valid = train.inputs[i].float(), valid.inputs[i].float()
-            y, y_valid = train.targets[target][mine].T, valid.targets[target][mine].T
-            (mean, std), (y_mean, y_std) = standardised(x), standardised(y)
-            known, held_out = (((a - mean) / std, (b - y_mean) / y_std) for a, b in ((x, y), (x_valid, y_valid)))
-            self.layers.append(mlp_surrogate(known, held_out, epochs) if epochs else linear_surrogate(*known))
-            self.moments.append((mean, std, y_mean, y_std))
-            unexplained.append(((self.of_layer(i, x_valid) - y_valid.T) / y_std.T).square().mean())
-        self.r2 = 1 - torch.stack(unexplained).mean().item()
-        self.num_parameters = sum(p.numel() for model in self.layers for p in model.parameters())
+    def __init__(self, layers: int, width: int, heads: int, mlp: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(surrogate(width, heads, mlp) for _ in range(layers))
+        self.inputs, self.outputs = (nn.Buffer(torch.zeros(layers, 2, size)) for size in (width, heads))
+        self.unexplained = nn.Buffer(torch.zeros(layers))
+
+    @property
+    def r2(self) -> float:
+        """On the valid split, mean over layers."""
+        return 1 - self.unexplained.mean().item()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def fit(self, i: int, train: Tokens, valid: Tokens, epochs: int) -> None:
+        """Train layer ``i``; 0 epochs: the linear map."""
+        for place, x in ((self.inputs, train[0]), (self.outputs, train[1])):
+            place[i] = torch.stack([x.mean(0), x.std(0).clamp(min=1e-3)])
+        (mean, std), (y_mean, y_std) = self.inputs[i], self.outputs[i]
+        known, held_out = (((x - mean) / std, (y - y_mean) / y_std) for x, y in (train, valid))
+        self.layers[i] = mlp_surrogate(known, held_out, epochs) if epochs else linear_surrogate(*known)
+        self.unexplained[i] = ((self.of_layer(i, valid[0]).T - valid[1]) / y_std).square().mean()
 
     @torch.no_grad()
     def of_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """(num_kv_heads, n) scores of hidden (n, hidden_size)."""
-        mean, std, y_mean, y_std = self.moments[layer]
-        return (self.layers[layer]((hidden.float() - mean) / std) * y_std + y_mean).T
+        (mean, std), (y_mean, y_std) = self.inputs[layer], self.outputs[layer]
+        found: torch.Tensor = (self.layers[layer]((hidden.float() - mean) / std) * y_std + y_mean).T
+        return found
 
     def scores(self, calls: list[LayerCall]) -> torch.Tensor:
         return torch.stack([self.of_layer(i, call.hidden[0]) for i, call in enumerate(calls)])
+
+
+def trained_surrogates(data: Path, target: str, epochs: int, file: Path) -> Surrogates:
+    """Scorers of a data set, or those that an earlier call of the same kind left in ``file``; 0 epochs: linear."""
+    train, valid = (TokenSet.load(data, split, [target], "hidden") for split in ("train", "valid"))
+    layers, tokens, width = train.inputs.shape
+    heads = train.targets[target].shape[0] // layers
+    made = Surrogates(layers, width, heads, epochs > 0)
+    settings = {"data": str(data), "tokens": str(tokens), "target": target, "epochs": str(epochs)}
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            if opened.metadata() == settings:
+                made.load_state_dict(load_file(file))
+                return made
+    for i in range(layers):  # a float32 copy of all layers is large
+        mine = slice(i * heads, (i + 1) * heads)
+        parts = [(x.inputs[i].float(), x.targets[target][mine].T) for x in (train, valid)]
+        made.fit(i, parts[0], parts[1], epochs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.contiguous() for name, x in made.state_dict().items()}, file, settings)
+    return made
 
 
 class CompactGates:
@@ -152,23 +182,17 @@ class CompactGates:
 
 
 @torch.no_grad()
-def divergence(network: Any, ids: torch.Tensor, prefill: int, make: Callable[[], Any]) -> tuple[float, float]:
-    """KL(full || compressed) of the tokens after ``prefill``, and the share of bytes that the cache held."""
-    whole = DynamicCache()
-    network(ids[:, :prefill], past_key_values=whole, logits_to_keep=1)
-    full = network(ids[:, prefill:], past_key_values=whole).logits[0].float().log_softmax(-1)
-    with smartkv_ext.patch(network):
-        cache = make()
-        network(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
-        ratio = cache.report().ratio
-        ours = network(ids[:, prefill:], past_key_values=cache).logits[0].float().log_softmax(-1)
-    return (full.exp() * (full - ours)).sum(-1).mean().item(), ratio
+def continued(network: Any, ids: torch.Tensor, prefill: int, cache: Any) -> tuple[torch.Tensor, Any]:
+    """Log-probabilities (n, vocabulary) of the tokens after ``prefill``, and what the cache reported before them."""
+    network(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
+    report = cache.report() if isinstance(cache, SmartKVCache) else None
+    return network(ids[:, prefill:], past_key_values=cache).logits[0].float().log_softmax(-1), report
 
 
 def main(
     data: Annotated[Path, typer.Option(help="shards with hidden states")],
-    text: Annotated[list[str], typer.Option(help="held-out FILE or FILE@0.5-1; repeatable")],
-    work: Annotated[Path, typer.Option(help="folder for the training of gates")] = Path("runs/surrogate"),
+    text: Annotated[list[str], typer.Option(help="held-out FILE or FILE@0.5-1; repeatable; none: only train")] = [],  # noqa: B006
+    work: Annotated[Path, typer.Option(help="folder that keeps what was trained")] = Path("runs/surrogate"),
     model: str = "smollm2",
     dtype: str = "bfloat16",
     target: str = "recon_sum",
@@ -183,9 +207,13 @@ def main(
         "compact gate": CompactGates(data, compact, work / "compact"),
         "compact gate, key and value": CompactGates(data, replace(compact, inputs="key_value"), work / "values"),
         "gate of 64": CompactGates(data, replace(compact, kind="regression"), work / "wide"),
-        "KVzap-style linear": Surrogates(data, target, 0),
-        "KVzap-style MLP": Surrogates(data, target, epochs),
+        "KVzap-style linear": trained_surrogates(data, target, 0, work / "linear.safetensors"),
+        "KVzap-style MLP": trained_surrogates(data, target, epochs, work / "mlp.safetensors"),
     }
+    for name, scorer in scorers.items():
+        typer.echo(f"{name}: {scorer.num_parameters:,} parameters, R2 {scorer.r2:.3f}", err=True)
+    if not text:
+        return
     network, tokenizer = load(model, dtype)
     config = network.config
     decay = measure_decay(data).unflatten(0, (config.num_hidden_layers, config.num_key_value_heads))
@@ -198,14 +226,15 @@ def main(
         calls: list[LayerCall] = []
         with torch.no_grad(), recording(network, calls.append):
             network.base_model(ids[:, :prefill], use_cache=False)
+        full, _ = continued(network, ids, prefill, DynamicCache())
         for name in found:
             table = truth if name == "true target" else scorers[name].scores(calls)
-            policy = Table(table, decay)
-            kl, ratio = divergence(
-                network, ids, prefill, lambda p=policy: SmartKVCache(config, budget, p, tiers=(16,), window=64)
-            )
-            found[name].append(kl)
-            typer.echo(f"{source} {name}: {kl:.4f}", err=True)
+            cache = SmartKVCache(config, budget, Table(table, decay), tiers=(16,), window=64)
+            with smartkv_ext.patch(network):
+                ours, report = continued(network, ids, prefill, cache)
+            ratio = report.ratio
+            found[name].append((full.exp() * (full - ours)).sum(-1).mean().item())
+            typer.echo(f"{source} {name}: {found[name][-1]:.4f}", err=True)
     rows = [
         {"scorer": name, "parameters": getattr(scorers.get(name), "num_parameters", None),
          "R2": getattr(scorers.get(name), "r2", None), "KL": sum(kl) / len(kl)}

@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from .targets import HORIZONS, TARGETS
 
 RECIPES = Path(__file__).parent / "recipes"
+DEPTH = 8  # of recipes that are like others
 
 
 _NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "int | None": (int, type(None))}
@@ -81,21 +82,18 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path, **changes: Any) -> Recipe:
-        """Read a file, or one of training/recipes by its name. Raises ValueError naming what is wrong."""
-        given, path = path, path if path.is_file() else RECIPES / f"{path.name}.yaml"
-        if not path.is_file():
-            names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-            raise ValueError(f"recipe {str(given)!r} does not exist: name a YAML file, or one of {names}")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-        except yaml.YAMLError as error:
-            raise ValueError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+        """Read a file, or one of training/recipes by its name; ``like`` names another one that it starts from.
+
+        Raises ValueError naming what is wrong.
+        """
         known = {f.name: f.type for f in fields(cls)}
-        if not isinstance(content, dict) or set(content) - set(known):
-            unknown = (
-                sorted(map(str, set(content) - set(known))) if isinstance(content, dict) else type(content).__name__
-            )
-            raise ValueError(f"recipe {str(path)!r} must be a mapping of {', '.join(sorted(known))}; got {unknown}")
+        content = _content(path, {*known, "like"})
+        for _ in range(DEPTH):
+            if "like" not in content:
+                break
+            content = _content(Path(str(content.pop("like"))), {*known, "like"}) | content
+        if "like" in content:
+            raise ValueError(f"recipe {str(path)!r} is like too many others")
         for name, value in content.items():  # YAML 1.1 takes 5e-3 for a word
             if known[name] == "float" and isinstance(value, str):
                 with suppress(ValueError):
@@ -108,3 +106,19 @@ class Recipe:
             "model", "dtype", "sources", "valid_share", "seed", "length", "tokens", "keep", "values", "hidden",
         )  # fmt: skip
         return {name: asdict(self)[name] for name in names}
+
+
+def _content(given: Path, known: set[str]) -> dict[str, Any]:
+    """The fields of a file, or of one of training/recipes. Raises ValueError."""
+    path = given if given.is_file() else RECIPES / f"{given.name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ValueError(f"recipe {str(given)!r} does not exist: name a YAML file, or one of {names}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or set(content) - known:
+        unknown = sorted(map(str, set(content) - known)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"recipe {str(path)!r} must be a mapping of {', '.join(sorted(known))}; got {unknown}")
+    return content

@@ -1,8 +1,11 @@
 """The KVzap-style rival is trained as fairly as our gates."""
 
-import torch
+import json
 
-from bench.surrogate import linear_surrogate, mlp_surrogate
+import torch
+from safetensors.torch import save_file
+
+from bench.surrogate import linear_surrogate, mlp_surrogate, trained_surrogates
 
 
 def test_surrogates_learn_what_is_there():
@@ -23,3 +26,23 @@ def test_an_mlp_that_learns_by_heart_is_stopped_like_a_gate():
     with torch.no_grad():
         losses = [(model(x) - y).square().mean().item() for x, y in noise]
     assert losses[1] < 1.15, "60 epochs without a look at the valid split end at 1.33"
+
+
+def test_surrogates_of_all_layers_are_trained_once(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for split, n in (("train", 400), ("valid", 100)):
+        hidden = 5 + 2 * torch.randn(3, 1, n, 12, generator=generator)  # layers
+        target = hidden[..., 0].expand(3, 2, n) * torch.tensor([1.0, -2.0])[:, None] - 3  # heads
+        index = torch.arange(n, dtype=torch.int32)
+        tensors = {"hidden": hidden, "recon_sum": target.contiguous(), "positions": index, "pieces": index + 0}
+        save_file(tensors, tmp_path / f"{split}-00000.safetensors")
+    (tmp_path / "dataset.json").write_text(json.dumps({"recipe": {"length": 64}}))
+    made = trained_surrogates(tmp_path, "recon_sum", 0, tmp_path / "work" / "linear.safetensors")
+    assert made.r2 > 0.99 and made.num_parameters == 3 * 2 * 13
+    want = torch.stack([hidden[1, 0, :, 0] - 3, -2 * hidden[1, 0, :, 0] - 3])
+    torch.testing.assert_close(made.of_layer(1, hidden[1, 0]), want, rtol=0.05, atol=0.2)
+    (tmp_path / "train-00000.safetensors").write_bytes((tmp_path / "valid-00000.safetensors").read_bytes())
+    other = trained_surrogates(tmp_path, "recon_sum", 0, tmp_path / "work" / "linear.safetensors")
+    assert not torch.equal(other.inputs, made.inputs), "another number of tokens: trained anew"
+    again = trained_surrogates(tmp_path, "recon_sum", 0, tmp_path / "work" / "linear.safetensors")
+    assert again.r2 == other.r2 and torch.equal(again.of_layer(2, hidden[2, 0]), other.of_layer(2, hidden[2, 0]))

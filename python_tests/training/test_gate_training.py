@@ -20,7 +20,7 @@ from training.evaluate import calibration_error, evaluate_gates, platt, scores_o
 from training.explore import explore
 from training.export import export_gates
 from training.pipeline import run
-from training.recipe import Recipe
+from training.recipe import RECIPES, Recipe
 from training.stacked import StackedGates, hidden_widths
 from training.texts import Mixture
 from training.train import Trainer, train_gates
@@ -336,12 +336,16 @@ def test_attention_shares_add_up(recipe, tmp_path):
 
 
 def test_recipes_say_what_is_wrong(tmp_path):
-    for name in ("small", "smollm2", "qwen2.5-coder-1.5b"):
-        assert plan(Recipe.load(collect.Path(name)))
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert len(names) == 10 and all(plan(Recipe.load(collect.Path(name))) for name in names)
+    base, other = (Recipe.load(collect.Path(name)) for name in ("qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b-binary"))
+    assert other.kind == "binary" and other.data() == base.data(), "trained on the same shards"
     for text, sentence in (
         ("kind: huge", "kind must be one of compact, regression, binary; got 'huge'"),
         ("bananas: 1", r"got \['bananas'\]"),
         ("[1", "is not YAML"),
+        ("like: nothing", "recipe 'nothing' does not exist"),
+        (f"like: {tmp_path}/r.yaml", "is like too many others"),
         ("epochs: 0", "epochs must be at least 1; got 0"),
         ("epochs: many", "epochs must be int; got 'many'"),
         ("learning_rate: fast", "learning_rate must be float; got 'fast'"),
