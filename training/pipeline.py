@@ -16,8 +16,11 @@ from .train import train_gates
 def run(recipe: Recipe, out: Path, quiet: bool = False) -> dict[str, Any]:
     """Everything in one folder: shards, training, evaluation, and the finished gates in ``gates``.
 
-    Returns the evaluation's summary and the seconds of each step.
+    Returns the evaluation's summary and the seconds of each step. Raises ValueError for a recipe that leaves nothing to
+    learn from.
     """
+    if recipe.valid_share == 1:
+        raise ValueError("valid_share must be below 1 to train: with 1, all documents are held out")
     seconds, start = {}, time.perf_counter()
 
     def lap(name: str) -> None:

@@ -119,6 +119,9 @@ def test_a_finished_run_takes_no_other_text(recipe, shards, tmp_path):
             run(changed, tmp_path, quiet=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()} == before
     assert not (tmp_path / "training").exists() and not list((tmp_path / "gates").iterdir())
+    with pytest.raises(ValueError, match="valid_share must be below 1 to train"):
+        run(replace(recipe, valid_share=1.0), tmp_path / "judge", quiet=True)
+    assert not (tmp_path / "judge").exists()
 
 
 def test_a_data_set_grows(recipe, shards, tmp_path):

@@ -108,8 +108,10 @@ def train(
         typer.echo(json.dumps(result))
         return
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
+    sure = result.get(f"auc by {result['judged by']}s")
+    between = f" ({sure[0]:.3f} to {sure[1]:.3f} over held-out {result['judged by']}s)" if sure else ""
     typer.echo(
-        f"{result['parameters']:,} parameters; median over heads: AUC {result.get('auc', float('nan')):.3f}, "
+        f"{result['parameters']:,} parameters; median over heads: AUC {result.get('auc', float('nan')):.3f}{between}, "
         f"R2 {result.get('r2', float('nan')):.3f}; {took}\nUse them: a policy file that holds "
         f'{{"name": "gate", "gates": "{result["gates"]}"}}\n'
         "These gates treat every layer the same. To measure the layer shares and add them, run next:\n"
