@@ -80,7 +80,7 @@ def main(
     model: str = "smollm2",
     dtype: str = "bfloat16",
     budget: list[str] = ["0.25", "0.125", "0.0625"],  # noqa: B006
-    tiers: Annotated[list[str], typer.Option(help="such as 16 or 2,3,4,8,16")] = ["16", "2,3,4,8,16"],  # noqa: B006
+    tiers: Annotated[list[str], typer.Option(help="such as 16 or K3V2,4,16")] = ["16", "K3V2,K4V3,4,8,16"],  # noqa: B006
     task: list[str] = ["text", "recall"],  # noqa: B006
     text: Annotated[list[str], typer.Option(help="FILE or FILE@0.5")] = [],  # noqa: B006
     length: list[int] = [2048],  # noqa: B006

@@ -29,8 +29,9 @@ SETS: dict[str, list[str]] = {
     "rivals": RIVALS + UNIFORM,
     "budgets": [f"smartkv policy={policy}" for policy in POLICIES if policy != "map"],
     "evict_only": [f"smartkv policy={policy} tiers=16" for policy in BEST],
-    "no_two_bits": [f"smartkv policy={policy} tiers=3,4,8" for policy in BEST],
-    "two_tiers": [f"smartkv policy={policy} tiers=2,4" for policy in BEST],
+    "equal_bits": [f"smartkv policy={policy} tiers=2,3,4,8,16" for policy in BEST],
+    "four_bits": [f"smartkv policy={policy} tiers=4" for policy in BEST],
+    "floor": [f"smartkv policy={policy} tiers=K3V2" for policy in BEST],
     "presses": [f"kvpress press={x}Press" for x in ("SnapKV", "KeyDiff", "ExpectedAttention", "TOVA", "StreamingLLM")],
 }
 

@@ -272,12 +272,12 @@ __device__ __forceinline__ void demote_record(const PagedKV& cache, int64_t head
                             cache.k_mean + head * HEAD_DIM, scratch);
     return;
   }
-  HeadRow<HEAD_DIM> row;
-  if (from_tier == 302) row = read_codes<HEAD_DIM, 302>(from, from_slot, from_books);
-  if (from_tier == 3) row = read_codes<HEAD_DIM, 3>(from, from_slot, from_books);
-  if (from_tier == 403) row = read_codes<HEAD_DIM, 403>(from, from_slot, from_books);
-  if (from_tier == 4) row = read_codes<HEAD_DIM, 4>(from, from_slot, from_books);
-  if (from_tier == 8) row = read_codes<HEAD_DIM, 8>(from, from_slot, from_books);
+  HeadRow<HEAD_DIM> row{};
+  SMARTKV_TIER_SWITCH(from_tier, [&] {
+    if constexpr (TIER != 16 && bits_of_pair(TIER) > bits_of_pair(TO)) {
+      row = read_codes<HEAD_DIM, TIER>(from, from_slot, from_books);
+    }
+  });
   write_codes<HEAD_DIM, TO>(to, to_slot, to_books, cache.levels, row, scratch);
   const PageLayout from_layout = page_layout(from_tier, HEAD_DIM);
   constexpr PageLayout TO_LAYOUT = page_layout(TO, HEAD_DIM);
@@ -293,9 +293,9 @@ __device__ __forceinline__ void demote_record(const PagedKV& cache, int64_t head
   }
 }
 
-// Encodes what falls to one tier, those of the highest tier first, behind its survivors; then the
-// list has its new length. A warp per record. grid_shape: [blocks, batch * num_kv_heads].
-template <int HEAD_DIM>
+// Encodes what falls to a tier of kind TO, those of the highest tier first, behind its survivors;
+// then the list has its new length. A warp per record. grid_shape: [blocks, batch * num_kv_heads].
+template <int HEAD_DIM, int TO>
 __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 2)
     demote_kernel(CompactParams p, Codebooks codebooks, Plan plan, int tier) {
   SMARTKV_SHARED(scratch, CodeScratch[WARPS_PER_BLOCK]);
@@ -304,8 +304,8 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 2)
   const int64_t head = blockIdx.y, first_list = head * cache.num_tiers;
   if (threadIdx.x == 0) books = codebooks;
   __syncthreads();
-  const int warp = threadIdx.x / WARP, kind = cache.tier_bits[tier];
-  const PageLayout layout = page_layout(kind, HEAD_DIM, dtype_size(cache.raw_dtype));
+  const int warp = threadIdx.x / WARP;
+  const PageLayout layout = page_layout(TO, HEAD_DIM, dtype_size(cache.raw_dtype));
   int end = plan.kept[first_list + tier];
   for (int source = cache.num_tiers - 1; source > tier; --source) {
     const int64_t list = first_list + source;
@@ -319,13 +319,11 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, 2)
       const int from_slot = records[i] % PAGE_SIZE, to_slot = (end + i) % PAGE_SIZE;
       const uint8_t* const from = page_of(cache, head, source, records[i]);
       uint8_t* const to = page_of(cache, head, tier, end + i);
-      SMARTKV_TIER_SWITCH(kind, [&] {
-        if constexpr (TIER != 16) {
-          demote_record<HEAD_DIM, TIER>(cache, head, cache.tier_bits[source], from, from_slot,
-                                        books.of_tier[source], to, to_slot, books.of_tier[tier],
-                                        scratch[warp]);
-        }
-      });
+      if constexpr (TO != 16) {  // the highest: nothing falls to it
+        demote_record<HEAD_DIM, TO>(cache, head, cache.tier_bits[source], from, from_slot,
+                                    books.of_tier[source], to, to_slot, books.of_tier[tier],
+                                    scratch[warp]);
+      }
       if (threadIdx.x % WARP == 0) {
         write_label(to, layout, to_slot,
                     reinterpret_cast<const int32_t*>(from + source_layout.position)[from_slot],
@@ -386,8 +384,10 @@ const char* compact_kv_cuda(const CompactParams& p, void* workspace, void* strea
     SMARTKV_LAUNCH(close_holes_kernel, hole_grid, WARP * WARPS_PER_BLOCK, 0, cuda_stream, p, plan,
                    tier);
     SMARTKV_HEAD_DIM_SWITCH(cache.head_dim, [&] {
-      SMARTKV_LAUNCH(demote_kernel<HEAD_DIM>, grid, WARP * WARPS_PER_BLOCK, 0, cuda_stream, p,
-                     books, plan, tier);
+      SMARTKV_TIER_SWITCH(cache.tier_bits[tier], [&] {
+        SMARTKV_LAUNCH((demote_kernel<HEAD_DIM, TIER>), grid, WARP * WARPS_PER_BLOCK, 0,
+                       cuda_stream, p, books, plan, tier);
+      });
     });
   }
   return launch_error();

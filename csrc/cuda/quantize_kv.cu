@@ -12,8 +12,9 @@ constexpr int THREADS = WARP * WARPS_PER_BLOCK;
 
 // Blocks per multiprocessor that the registers have to suffice for: as many as spill none. Without
 // a number the compiler prefers a few spills to fewer blocks.
-constexpr int quantize_blocks(int head_dim) {
-  return paley_order(head_dim) > 1 ? 2 : head_dim >= 128 ? 3 : 4;
+constexpr int quantize_blocks(int head_dim, int tier) {
+  const bool is_uneven = k_bits_of(tier) != v_bits_of(tier);
+  return paley_order(head_dim) > 1 ? 2 : head_dim >= 128 || is_uneven ? 3 : 4;
 }
 constexpr int dequantize_blocks(int head_dim) {
   return paley_order(head_dim) > 1 || head_dim > 128 ? 1 : 2;
@@ -31,7 +32,7 @@ __device__ __forceinline__ void copy_page(uint8_t* to, const uint8_t* from, int6
 // A warp per token, pages of fewer than 16 bits built in shared memory so that they leave in
 // accesses of 16 bytes. grid_shape: [min(batch * num_kv_heads * num_pages, most_blocks())].
 template <int HEAD_DIM, int TIER>
-__global__ void __launch_bounds__(THREADS, quantize_blocks(HEAD_DIM))
+__global__ void __launch_bounds__(THREADS, quantize_blocks(HEAD_DIM, TIER))
     quantize_kv_kernel(QuantizeParams p, TierBooks codebooks, int64_t num_pages) {
   SMARTKV_SHARED(scratch, CodeScratch[WARPS_PER_BLOCK]);
   SMARTKV_SHARED(books, TierBooks);

@@ -88,7 +88,7 @@ void test_nan_vectors(Levels levels) {
   v.set(v.index(0, 0, 3) + 3, NAN);
   const Labels labels(5);
   const std::vector<float> mean(64);
-  for (int bits : BITS) {
+  for (int bits : TIERS) {
     const PageLayout layout = page_layout(bits, 64, 4);
     Dense got[2][2] = {{{k.dtype, 1, 1, PAGE_SIZE, 64}, {k.dtype, 1, 1, PAGE_SIZE, 64}},
                        {{k.dtype, 1, 1, PAGE_SIZE, 64}, {k.dtype, 1, 1, PAGE_SIZE, 64}}};

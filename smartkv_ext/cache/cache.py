@@ -10,8 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from smartkv_ext.policies import Policy, get_policy
-from smartkv_ext.quant import Budget
-from smartkv_ext.reference.layout import TIERS
+from smartkv_ext.quant import DEFAULT_TIERS, Budget
 
 from . import serialize
 from .arrivals import score_arrivals
@@ -54,7 +53,7 @@ class SmartKVCache(Cache):
         config: Any,
         budget: float | str | Budget | None = 0.125,
         policy: str | Policy = "auto",
-        tiers: Sequence[int | str] = TIERS,
+        tiers: Sequence[int | str] = DEFAULT_TIERS,
         sinks: int = 4,
         window: int = 128,
         scope: str = "head",

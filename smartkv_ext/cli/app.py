@@ -27,8 +27,10 @@ Budget = Annotated[
 PolicyName = Annotated[
     str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`; or a JSON or YAML file.")
 ]
-ALL_TIERS = "2,K3V2,3,K4V3,4,8,16"
-Tiers = Annotated[str, typer.Option(help=f"Bits that packed tokens may have, of {ALL_TIERS} (K3V2: keys 3, values 2).")]
+DEFAULT_TIERS = "K3V2,K4V3,4,8,16"
+Tiers = Annotated[
+    str, typer.Option(help="Bits of packed tokens, of 2, K3V2 (keys 3, values 2), 3, K4V3, 4, 8, 16.")
+]
 Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
 Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]
 Scope = Annotated[str, typer.Option(help="Who decides about a token: head, layer or global.")]
@@ -51,7 +53,7 @@ def generate(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "auto",
-    tiers: Tiers = ALL_TIERS,
+    tiers: Tiers = DEFAULT_TIERS,
     window: Window = 128,
     sinks: Sinks = 4,
     scope: Scope = "head",
@@ -82,7 +84,7 @@ def demo(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "auto",
-    tiers: Tiers = ALL_TIERS,
+    tiers: Tiers = DEFAULT_TIERS,
     window: Window = 128,
     scope: Scope = "head",
     dtype: Dtype = "auto",

@@ -16,8 +16,8 @@ import smartkv_ext
 from smartkv_ext.cache import CacheReport, SmartKVCache
 from smartkv_ext.eval.prompt import Prompt
 from smartkv_ext.hf.patching import attention_modules
-from smartkv_ext.quant import QuantSpec
-from smartkv_ext.reference.layout import TIERS, tier_name
+from smartkv_ext.quant import DEFAULT_TIERS, QuantSpec
+from smartkv_ext.reference.layout import tier_name
 
 Advance = Callable[[float], None]  # told how many more tokens have gone through the model
 Emit = Callable[[str], None]  # told the next piece of the answer
@@ -29,7 +29,7 @@ class Settings:
 
     budget: float | str | None = 0.125
     policy: str = "auto"
-    tiers: Sequence[int | str] = TIERS
+    tiers: Sequence[int | str] = DEFAULT_TIERS
     window: int = 128
     sinks: int = 4
     scope: str = "head"

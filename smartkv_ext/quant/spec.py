@@ -11,9 +11,11 @@ from smartkv_ext.reference.layout import TIERS, PageLayout, page_layout, tier_na
 from smartkv_ext.reference.levels import LEVELS
 
 # What a token loses at a tier, relative to being evicted. Not the relative squared error of its codes (0.12 at 2 bits):
-# noise in keys passes through an exponential, so low bits lose more than in proportion. Fitted to KL on a training text
-# (docs/design/quality.md); 4 and 8 bits are the squared error.
-TIER_LOSS = {2: 0.25, 302: 0.072, 3: 0.045, 403: 0.0135, 4: 0.0095, 8: 4.0e-5, 16: 0.0}
+# noise in keys passes through an exponential, so low bits lose more than in proportion. Fitted to KL on training texts
+# (docs/design/quality.md); 8 bits are the squared error.
+TIER_LOSS = {2: 0.25, 302: 0.1, 3: 0.07, 403: 0.03, 4: 0.02, 8: 4.0e-5, 16: 0.0}
+# 2 and 3 bits for both lose more per byte than their neighbours do.
+DEFAULT_TIERS = (302, 403, 4, 8, 16)
 _ACCEPTED = ", ".join(map(tier_name, TIERS))
 
 _BY_NAME = {tier_name(tier): tier for tier in TIERS} | {str(tier): tier for tier in TIERS}
@@ -23,7 +25,7 @@ _BY_NAME = {tier_name(tier): tier for tier in TIERS} | {str(tier): tier for tier
 class QuantSpec:
     """Tiers in ascending order, the reconstruction levels, and whether keys are shifted by their mean (docs/design)."""
 
-    tiers: tuple[int, ...] = TIERS
+    tiers: tuple[int, ...] = DEFAULT_TIERS
     levels: str = "gaussian"
     mean_shift: bool = True
 
