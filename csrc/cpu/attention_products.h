@@ -3,9 +3,9 @@
 
 namespace smartkv::SMARTKV_ISA {
 
-// How the products of a tile are formed.
+// How the products of a tile are formed. Integers cannot hold a NaN.
 SMARTKV_INLINE int digits_of(const AttentionRun& run, const Tile& tile) {
-  return num_digits(run.p.precision, tile.k_bits);
+  return tile.has_nan ? 0 : num_digits(run.p.precision, tile.k_bits);
 }
 SMARTKV_INLINE bool is_integer(const AttentionRun& run, const Tile& tile) {
   return digits_of(run, tile) > 0;

@@ -16,6 +16,7 @@ struct Tile {
   alignas(64) float v_scale[PAGE_SIZE];
   float v_top;     // largest V scale of a token
   bool is_uneven;  // it is more than twice the mean: a bound by it would waste digits
+  bool has_nan;    // some V scale of a token is NaN
   TileRef ref;
   int k_bits, v_bits;
   const uint8_t* page;     // of a paged tile
@@ -80,6 +81,7 @@ inline void set_unit_scales(Tile& tile) {
   }
   tile.v_top = 1;
   tile.is_uneven = false;
+  tile.has_nan = false;
 }
 
 inline void open_window_tile(const DecodeAttentionParams& p, int64_t head, Tile& tile) {
@@ -140,7 +142,9 @@ inline void open_tile(const DecodeAttentionParams& p, int64_t head, int64_t inde
     sum = sum + of_token;
   }
   tile.v_top = hmax(top);
-  tile.is_uneven = tile.v_top * static_cast<float>(tile.ref.count) > 2 * hsum(sum);
+  const float total = hsum(sum);
+  tile.is_uneven = tile.v_top * static_cast<float>(tile.ref.count) > 2 * total;
+  tile.has_nan = std::isnan(total);
 }
 
 inline void decode_tile_k(const Tile& tile, const TierCodecs& codecs, Lines fetch, int head_dim,

@@ -49,7 +49,8 @@ inline void split_query(const float* q, int head_dim, int64_t row, int64_t rows,
   out.scale[1][row] = top / static_cast<float>(limit);
   for (int d = 0; d < MAX_DIGITS; ++d) {
     const float total = K_BIASED ? hsum(to_float(sum[d])) : 0.0f;
-    out.start[d * rows + row] = static_cast<int32_t>(-128.0f * total);
+    // By way of int64: the digits of a NaN may sum up to anything.
+    out.start[d * rows + row] = static_cast<int32_t>(static_cast<int64_t>(-128.0f * total));
   }
 }
 

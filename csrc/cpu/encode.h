@@ -161,7 +161,7 @@ SMARTKV_INLINE float sum_of_squares(const float* y, int count) {
 // squares would shorten it: keys keep their norm, values their product with themselves.
 SMARTKV_INLINE float fitted_scale(bool is_v, float power, float product, float square) {
   if (!is_v) return __builtin_sqrtf(power / square);
-  return product > 0 ? power / product : 0.0f;
+  return product == 0 ? 0.0f : power / product;  // NaN stays
 }
 
 // 2, 3 or 4 bits: nearest levels, then the scale that fits them.

@@ -100,7 +100,7 @@ __device__ __forceinline__ float encode_row(const HeadRow<HEAD_DIM>& y, bool is_
   // Least squares would shorten the row: keys keep their norm, values their product with
   // themselves.
   if (!is_v) return sqrtf(sum / square);
-  return product > 0 ? sum / product : 0.0f;
+  return product == 0 ? 0.0f : sum / product;  // NaN stays
 }
 
 // The codes of one vector to their bytes in a page, four lanes of a plane at a time.

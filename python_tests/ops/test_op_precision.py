@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_inputs import Paged, paged
+from op_inputs import Paged, paged, tokens
 
 from smartkv_ext import ops
+from smartkv_ext.reference.layout import TIERS, page_layout
 
 HERE = Path(__file__).parent
 KV_LEN, GROUPS = 1000, 4
 # Shapes whose planes fill whole registers, and others, see csrc/cpu/dot.h.
-CASES = [(bits, head_dim) for bits in (2, 3, 4, 8) for head_dim in (64, 80, 128, 256)]
+CASES = [(bits, head_dim) for bits in TIERS[:-1] for head_dim in (64, 80, 128, 256)]
 
 
 def run(cache: Paged, q: torch.Tensor, precision: str) -> tuple[torch.Tensor, ...]:
@@ -105,6 +106,26 @@ def test_sharp_attention(precision: str) -> None:
     assert float(mass[0, 0, 0, token]) == pytest.approx(GROUPS, rel=1e-2)
 
 
+@pytest.mark.parametrize("precision", ("fp32", "int16", "int8", "auto"))
+@pytest.mark.parametrize("kind", ("k", "v"))
+@pytest.mark.parametrize("bits", TIERS)
+def test_nan_reaches_the_output(bits: int, kind: str, precision: str) -> None:
+    """Integers cannot hold it, and a scale that is no number must not count as zero."""
+    args = tokens(1, 1, KV_LEN, 64)
+    args[kind][0, 0, 77, 3] = torch.nan
+    pages = ops.quantize_kv(**args, bits=bits)[0, 0]
+    table = torch.arange(len(pages), dtype=torch.int32).view(1, 1, 1, -1)
+    length = torch.full((1, 1, 1), KV_LEN, dtype=torch.int32)
+    cache = Paged(
+        [pages], table, length, args["k_mean"], (bits,), "gaussian", torch.float32, [page_layout(bits, 64, 4)]
+    )
+    out = run(cache, torch.randn(1, GROUPS, 1, 64), precision)[0]
+    if kind == "v" and bits == 16:  # plain values: only the channel
+        assert out.isnan().sum() == GROUPS
+    else:
+        assert out.isnan().all()
+
+
 @pytest.mark.parametrize("name", ("avx2", "portable"))
 def test_other_kernel_sets(name: str) -> None:
     """The same bounds hold in every kernel set, which is chosen once per process."""
@@ -112,7 +133,10 @@ def test_other_kernel_sets(name: str) -> None:
         pytest.skip(f"this CPU cannot run the kernel set {name}")
     if os.environ.get("SMARTKV_ISA"):
         pytest.skip("this process is the one that a kernel set was chosen for")
-    tests = [f"{Path(__file__).name}::test_{x}" for x in ("error_of_each_precision", "sharp_attention")]
+    tests = [
+        f"{Path(__file__).name}::test_{x}"
+        for x in ("error_of_each_precision", "sharp_attention", "nan_reaches_the_output")
+    ]
     env = {**os.environ, "SMARTKV_ISA": name}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],

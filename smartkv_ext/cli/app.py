@@ -28,9 +28,7 @@ PolicyName = Annotated[
     str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`; or a JSON or YAML file.")
 ]
 DEFAULT_TIERS = "K3V2,K4V3,4,8,16"
-Tiers = Annotated[
-    str, typer.Option(help="Bits of packed tokens, of 2, K3V2 (keys 3, values 2), 3, K4V3, 4, 8, 16.")
-]
+Tiers = Annotated[str, typer.Option(help="Bits of packed tokens, of 2, K3V2 (keys 3, values 2), 3, K4V3, 4, 8, 16.")]
 Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
 Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]
 Scope = Annotated[str, typer.Option(help="Who decides about a token: head, layer or global.")]

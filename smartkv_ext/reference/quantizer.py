@@ -17,12 +17,17 @@ from .levels import gaussian_unit, level_table
 
 FP16_MAX = 65504.0
 
+
+def _ratio(power: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    return torch.where(product == 0, 0.0, power / product)
+
+
 # Scale of y for its levels x. Least squares shortens y to (1 - D) y on average, D its relative distortion; keys of the
 # right norm and values without that bias lose a fifth less KL (docs/design/quality.md, "The scale").
 FITS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "least_squares": lambda y, x: (y * x).sum(-1) / x.square().sum(-1),
     "norm": lambda y, x: (y.square().sum(-1) / x.square().sum(-1)).sqrt(),  # |decoded| = |y|
-    "unbiased": lambda y, x: (y.square().sum(-1) / (y * x).sum(-1)).nan_to_num(0.0),  # <y, decoded> = <y, y>
+    "unbiased": lambda y, x: _ratio(y.square().sum(-1), (y * x).sum(-1)),  # <y, decoded> = <y, y>
 }
 K_FIT, V_FIT = "norm", "unbiased"
 
