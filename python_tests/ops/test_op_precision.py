@@ -22,11 +22,9 @@ CASES = [(bits, head_dim) for bits in TIERS[:-1] for head_dim in (64, 80, 128, 2
 
 def run(cache: Paged, q: torch.Tensor, precision: str) -> tuple[torch.Tensor, ...]:
     """Attention over the pages alone."""
-    batch, heads, head_dim = cache.k_mean.shape
-    window = torch.empty(batch, heads, 0, head_dim, dtype=cache.dtype)
     return ops.decode_attention(
-        q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, window, window,
-        torch.empty(batch, 0, dtype=torch.int32), KV_LEN, cache.tier_bits, cache.levels, return_mass=True,
+        q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, None, None, None,
+        KV_LEN, cache.tier_bits, cache.levels, return_mass=True,
         precision=precision,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The compiled ops, typed and documented. Contract: docs/design/ops.md; specification: smartkv_ext.reference.
+"""The compiled ops, typed and documented, and the layout of the pages that they share (`page_layout`, `TIERS`). Contract: docs/design/ops.md; specification: smartkv_ext.reference.
 
 Shapes name their axes; ``n`` is a number of tokens. A tensor that an op refuses raises RuntimeError (ValueError for
 bits, levels, head_dim and dtypes that are checked here) with the argument's name, what came and what is accepted; no
@@ -8,6 +8,8 @@ device.
 
 from __future__ import annotations
 
+from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, PageLayout, page_layout
+
 from . import _fakes as _fakes
 from .attention import attention_mass, decode_attention, merge_states
 from .info import available_kernel_sets, build_info, cpu_features, kernel_set_name
@@ -15,6 +17,9 @@ from .pages import append_kv, compact_kv, dequantize_kv, quantize_kv
 from .selection import gate_score, select_kv
 
 __all__ = [
+    "PAGE_SIZE",
+    "TIERS",
+    "PageLayout",
     "append_kv",
     "attention_mass",
     "available_kernel_sets",
@@ -26,6 +31,7 @@ __all__ = [
     "gate_score",
     "kernel_set_name",
     "merge_states",
+    "page_layout",
     "quantize_kv",
     "select_kv",
 ]

@@ -24,9 +24,9 @@ def decode_attention(
     block_table: Tensor,
     cache_seqlens: Tensor,
     k_mean: Tensor,
-    k_window: Tensor,
-    v_window: Tensor,
-    window_positions: Tensor,
+    k_window: Tensor | None,
+    v_window: Tensor | None,
+    window_positions: Tensor | None,
     q_start: Tensor | int,
     tier_bits: Sequence[int],
     levels: str = "gaussian",
@@ -48,7 +48,8 @@ def decode_attention(
         block_table: (batch, num_kv_heads, num_tiers, max_pages) int32; entries behind ceil(seqlen / 64) are not read.
         cache_seqlens: (batch, num_kv_heads, num_tiers) int32, records per list.
         k_mean: (batch, num_kv_heads, head_dim), float32.
-        k_window, v_window: (batch, num_kv_heads, window_len, head_dim), dtype of q; window_len may be 0.
+        k_window, v_window: (batch, num_kv_heads, window_len, head_dim), dtype of q; window_len may be 0. None for
+            these and window_positions: no window.
         window_positions: (batch, window_len) int32; values of a slot that no query sees may be NaN. -1: the slot
             holds no token. A slot that waits for a token may have the position that the token will have.
         q_start: (1,) int64, position of the first query. Kernels read it where it is, so a CUDA graph or a compiled
@@ -74,6 +75,9 @@ def decode_attention(
     """
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
+    if k_window is None and v_window is None and window_positions is None:
+        k_window = v_window = q.new_empty(q.shape[0], k_mean.shape[1], 0, q.shape[-1])
+        window_positions = torch.empty(q.shape[0], 0, dtype=torch.int32, device=q.device)
     return _decode_attention(  # type: ignore[no-any-return]
         q,
         pools,
