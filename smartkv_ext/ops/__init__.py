@@ -1,4 +1,5 @@
-"""The compiled ops, typed and documented, and the layout of the pages that they share (`page_layout`, `TIERS`). Contract: docs/design/ops.md; specification: smartkv_ext.reference.
+"""The compiled ops, typed and documented, and the layout of the pages that they share (`page_layout`, `TIERS`).
+Contract: docs/design/ops.md; specification: smartkv_ext.reference.
 
 Shapes name their axes; ``n`` is a number of tokens. A tensor that an op refuses raises RuntimeError (ValueError for
 bits, levels, head_dim and dtypes that are checked here) with the argument's name, what came and what is accepted; no
