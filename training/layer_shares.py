@@ -1,12 +1,12 @@
 """How the bytes of a cache should be split over the layers: a calibration run, written as a policy map.
 
-python -m training.layer_shares --text BOOK.txt --policy snapkv --export shares.json
+python -m training.layer_shares --text BOOK.txt --text OTHER.txt@0.5 --policy snapkv --export shares.json
 smartkv generate --policy shares.json ...
 python -m training.layer_shares --model MODEL --gates runs/MODEL/gates      writes the shares into the gates
 
 One layer at a time holds its tokens in ``budget`` of its bytes while all others are exact; D_l is the KL divergence
 that this alone costs. With losses that add up over the layers and fall like bytes ** -slope, the least sum under one
-budget has bytes_l ~ D_l ** (1 / (1 + slope)) (Lagrange). Shares stay within 1/4 and 4 of an even split.
+budget has bytes_l ~ D_l ** (1 / (1 + slope)) (Lagrange). Of several texts each counts the same. Shares stay within 1/4 and 4 of an even split.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def shares(losses: torch.Tensor, slope: float) -> torch.Tensor:
     return found
 
 
+def mean_profile(losses: list[torch.Tensor]) -> torch.Tensor:
+    """Losses (layers,) of several texts -> (layers,): a text that loses more at every layer counts no more for it."""
+    return torch.stack([x / x.sum() for x in losses]).mean(0)
+
+
 def policy_map(found: torch.Tensor, policy: str) -> dict[str, Any]:
     """A map in which every layer follows ``policy`` with its share."""
     return {"version": 1, "default": policy, "shares": [round(x, 3) for x in found.tolist()]}
@@ -69,7 +74,9 @@ def layer_losses(model: Any, tokenizer: Any, recording: Recording, future: torch
 
 
 def main(
-    text: Annotated[str | None, typer.Option(help="FILE or FILE@0.5; default: Python's language reference")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE@0.5, may be repeated; default: Python's language reference")
+    ] = None,
     export: Annotated[Path | None, typer.Option(help="policy map to write; needed without --gates")] = None,
     model: str = "smollm2",
     dtype: str = "float32",
@@ -81,7 +88,6 @@ def main(
     tokens: int = 4096,
     future: int = 128,
     gates: Annotated[Path | None, typer.Option(help="gate folder that the shares go to; policy gate uses it")] = None,
-    recording: Annotated[Path | None, typer.Option(help="file that keeps the prefill for a next run")] = None,
 ) -> None:
     """Print a row per layer and write the map; last line JSON."""
     start = time.process_time()
@@ -94,19 +100,15 @@ def main(
         learned.layer_shares = None  # of an earlier run
         followed = get_policy(policy, gates=learned) if policy == "gate" else followed
     network, tokenizer = load(model, dtype)
-    words = language_reference() if text is None else read_text(text)
-    ids = first_tokens(tokenizer, words, tokens + future, text or "reference")
+    every = []
     with patch(network):
-        if recording is not None and recording.exists():
-            prefill = Recording.load(recording)
-            if not torch.equal(prefill.ids, ids[:, :tokens]):
-                raise typer.BadParameter(f"{recording} holds another text")
-        else:
+        for name in text or [None]:
+            words = language_reference() if name is None else read_text(name)
+            ids = first_tokens(tokenizer, words, tokens + future, name or "reference")
             prefill = record(network, ids[:, :tokens])
-            if recording is not None:
-                prefill.save(recording)
-        losses = layer_losses(network, tokenizer, prefill, ids[:, tokens:], budget=budget, policy=followed)
-    found = shares(losses, slope)
+            every.append(layer_losses(network, tokenizer, prefill, ids[:, tokens:], budget=budget, policy=followed))
+    losses = torch.stack(every).mean(0)
+    found = shares(mean_profile(every), slope)
     content = policy_map(found, policy)
     get_policy("map", **content).check(len(found), network.config.num_key_value_heads)
     if export is not None:

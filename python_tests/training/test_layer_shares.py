@@ -9,7 +9,7 @@ from smartkv_ext.eval.recording import record
 from smartkv_ext.gates import ModelFacts
 from smartkv_ext.hf import patch
 from smartkv_ext.policies import get_policy
-from training.layer_shares import EXTREME, layer_losses, policy_map, shares
+from training.layer_shares import EXTREME, layer_losses, mean_profile, policy_map, shares
 
 
 def test_bytes_go_where_loss_is():
@@ -40,3 +40,8 @@ def test_losses_are_those_of_one_layer():
             some = layer_losses(model, None, recording, ids[:, 380:], budget=0.1, policy=policy)
             assert some.min() > 10 * none.abs().max(), policy
     assert len(none) == 4 and none.abs().max() < 1e-5
+
+
+def test_a_text_that_loses_more_everywhere_counts_no_more():
+    quiet, loud = torch.tensor([1.0, 3.0]), torch.tensor([300.0, 100.0])
+    torch.testing.assert_close(mean_profile([quiet, loud]), torch.tensor([0.5, 0.5]))
