@@ -100,6 +100,121 @@ def test_graphs_need_cuda():
             ReplayedDecoder(model, cache)
 
 
+def decoder_behind(model, ids, steps, record=None):
+    """(decoder, cache) that has seen 300 + ``steps`` tokens, with a step recorded."""
+    cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64)
+    model(ids[:, :300], past_key_values=cache)
+    decoder = ReplayedDecoder(model, cache, record=record or Recorder())
+    for i in range(300, 300 + steps):
+        decoder.step(ids[:, i : i + 1])
+    return decoder, cache
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda model, cache, ids: cache.crop(-4),
+        lambda model, cache, ids: cache.reset(),
+        lambda model, cache, ids: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda model, cache, ids: model(ids[:, 306:307], past_key_values=cache),
+    ],
+    ids=("crop", "reset", "reorder", "forward"),
+)
+def test_refuses_a_cache_that_others_have_written_to(write):
+    model = tiny("qwen2", num_hidden_layers=2)
+    ids, _ = prompts(2, 320)
+    with smartkv_ext.patch(model), torch.no_grad():
+        decoder, cache = decoder_behind(model, ids, 6)
+        write(model, cache, ids)
+        with pytest.raises(RuntimeError, match="something else has written to the cache"):
+            decoder.step(ids[:, 307:308])
+
+
+def test_refuses_wrong_shapes():
+    model = tiny("qwen2", num_hidden_layers=1)
+    ids, _ = prompts(2, 320)
+    with smartkv_ext.patch(model), torch.no_grad():
+        decoder, cache = decoder_behind(model, ids, 1)
+        with pytest.raises(ValueError, match=r"ids must be \(2, 1\); got \(1, 1\)"):
+            decoder.step(ids[:1, 301:302])
+        with pytest.raises(ValueError, match=r"position_ids must be \(2, 1\); got \(2,\)"):
+            ReplayedDecoder(model, cache, torch.zeros(2), Recorder())
+
+
+@pytest.mark.parametrize("outside, inside", [(True, True), (True, False), (False, True)])
+def test_inference_mode_may_change(outside, inside):
+    """Between the prompt, the decoder's making and its steps."""
+    model = tiny("qwen2", num_hidden_layers=1)
+    ids, _ = prompts(1, 310)
+    with smartkv_ext.patch(model):
+        with torch.inference_mode(outside), torch.no_grad():
+            decoder, cache = decoder_behind(model, ids, 0)
+        with torch.inference_mode(inside):
+            got = [decoder.step(ids[:, i : i + 1]).clone() for i in range(300, 309)]
+        with torch.no_grad():
+            model(ids[:, 309:310], past_key_values=cache)
+            expected = logits_of(model, decoder_behind(model, ids, 0)[1], ids[:, :309], 300)
+    assert torch.equal(torch.stack(got, 1), expected)
+
+
+@contextlib.contextmanager
+def broken(module, name):
+    """A method that raises."""
+    plain = getattr(module, name)
+    setattr(module, name, lambda *args, **kwargs: 1 / 0)
+    try:
+        yield
+    finally:
+        setattr(module, name, plain)
+
+
+class Failing(Recorder):
+    """The first step that is recorded fails as a capture does: nothing of it has run."""
+
+    def __init__(self, cache, *target):
+        super().__init__()
+        self.cache, self.target = cache, target
+
+    def __call__(self, call):
+        if self.target is None:
+            return super().__call__(call)
+        tensors = list(self.cache.clock._held.values())
+        for layer in self.cache.layers:
+            tensors += [*layer.window.tensors().values(), *layer.meter.sums.values()]
+        before = [x.clone() for x in tensors]
+        with broken(*self.target):
+            self.target = None
+            try:
+                call()
+            finally:
+                for x, old in zip(tensors, before, strict=True):
+                    x.copy_(old)
+
+
+@pytest.mark.parametrize("policy", ["keydiff", "h2o"])
+@pytest.mark.parametrize("part", ["mlp", "attention", "ordinary"])
+def test_a_step_that_fails_is_taken_back(policy, part):
+    """Of one that is recorded the device knows nothing, an ordinary one it must forget."""
+    model = tiny("qwen2", num_hidden_layers=2)
+    ids, _ = prompts(1, 320)
+    with smartkv_ext.patch(model), torch.no_grad():
+        caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :300], past_key_values=cache)
+        expected = logits_of(model, caches[0], ids, 300)
+        target = (caches[1], "after_attention") if part == "attention" else (model.model.layers[1].mlp, "forward")
+        decoder = ReplayedDecoder(model, caches[1], record=Failing(caches[1], *target))
+        fails = broken(*target) if part == "ordinary" else contextlib.nullcontext()
+        at = 300 if part == "ordinary" else 301  # the first step warms up
+        got = [decoder.step(ids[:, i : i + 1]).clone() for i in range(300, at)]
+        with fails, pytest.raises(ZeroDivisionError):
+            decoder.step(ids[:, at : at + 1])
+        assert [layer.seen for layer in caches[1].layers] == [at, at]
+        decoder._record.target = None
+        got += [decoder.step(ids[:, i : i + 1]).clone() for i in range(at, 320)]
+    torch.testing.assert_close(torch.stack(got, 1), expected)
+
+
 def test_compiled_steps_are_not_compiled_anew():
     """The second step of a compiled model generalises, if anything; the ones behind it run what is there."""
     model = tiny("qwen2", num_hidden_layers=2)
@@ -139,24 +254,32 @@ def streams(monkeypatch):
     def entered(*args, **kwargs):
         yield
 
+    @contextlib.contextmanager
+    def device(index):
+        log.append(f"on {index}")
+        yield
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    for name, fake in (("Stream", Stream), ("current_stream", Stream), ("stream", entered), ("graph", entered)):
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": entered, "graph": entered, "device": device}
+    for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)
     return log
 
 
 def test_capture_ends_whatever_happens(streams):
-    record = CudaGraphRecorder()
+    record = CudaGraphRecorder(torch.device("cuda:1"))
+    assert streams == ["on cuda:1"]
+    del streams[:]
     out, replay = record(lambda: streams.append(f"step, gc {gc.isenabled()}") or "logits")
     assert out == "logits" and gc.isenabled()
-    assert streams == ["wait", "pool", "capture_begin", "step, gc False", "capture_end", "wait", "replay"]
+    assert streams == ["on cuda:1", "wait", "pool", "capture_begin", "step, gc False", "capture_end", "wait", "replay"]
     replay()
     assert streams.pop() == "replay"
     del streams[:]
     with pytest.raises(ZeroDivisionError):
         record(lambda: 1 / 0)
-    assert streams == ["wait", "pool", "capture_begin", "capture_end"] and gc.isenabled()
+    assert streams == ["on cuda:1", "wait", "pool", "capture_begin", "capture_end"] and gc.isenabled()
 
 
 @pytest.mark.gpu

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class SmartKVCache(Cache):
         )  # fmt: skip
         num_layers = self.smartkv_config.geometry.num_layers
         self.clock = StepClock(num_layers)
+        self._is_recorded = False
         super().__init__(layers=[SmartKVLayer(self.smartkv_config, i, self.clock) for i in range(num_layers)])
 
     # -- transformers protocol -------------------------------------------------------------------------------------
@@ -124,6 +126,28 @@ class SmartKVCache(Cache):
         for layer in self.layers:
             layer.follow()
 
+    @property
+    def state_mark(self) -> tuple[int, int]:
+        """Differs once the cache was cropped, reordered or reset, or has taken in tokens."""
+        return sum(layer.rewrites for layer in self.layers), self.layers[0].seen
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Around a step behind ``step_kind`` that is recorded for the device, where nothing happens yet: if it fails,
+        what the host has noted of it is taken back."""
+        owners = [self.clock, *(part for layer in self.layers for part in (layer, layer.window))]
+        noted = [dict(vars(owner)) for owner in owners]
+        self._is_recorded = True
+        try:
+            yield
+        except BaseException:
+            for owner, values in zip(owners, noted, strict=True):
+                vars(owner).clear()
+                vars(owner).update(values)
+            raise
+        finally:
+            self._is_recorded = False
+
     def _pack_if_due(self, force_recorded: bool = False) -> None:
         due = [
             layer
@@ -143,6 +167,8 @@ class SmartKVCache(Cache):
 
         Raises RuntimeError, and empties the cache, where a sliding layer has let go of tokens that it needs.
         """
+        if self._is_recorded:
+            return  # see there
         try:
             for layer in self.layers:
                 layer.check_crop(min(length, layer.seen))

@@ -35,11 +35,13 @@ class SmartKVLayer(CacheLayerMixin):
     def __init__(self, config: CacheConfig, layer_idx: int, clock: StepClock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.config, self.layer_idx, self.clock = config, layer_idx, clock
+        self.rewrites = 0  # times that tokens went, or rows changed, in another way than by packing
         self.sliding_window = config.geometry.sliding_windows[layer_idx]
         self.is_sliding = self.sliding_window > 0
         self._clear()
 
     def _clear(self) -> None:
+        self.rewrites += 1
         self.is_initialized = False
         self.seen = 0  # logical length: every token ever given, padding included
         self._uncounted = 0
@@ -145,8 +147,7 @@ class SmartKVLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Assisted decoding: hold every lossy step until crop() says what is kept.
 
-        transformers never says when assisted decoding ends: two forwards without a crop() between them do.
-        """
+        transformers never says when assisted decoding ends: two forwards without a crop() between them do."""
         self.recording = True
         self.uncommitted = False
 
@@ -157,6 +158,7 @@ class SmartKVLayer(CacheLayerMixin):
         if not self.is_initialized or new >= self.seen:
             return
         self.check_crop(new)
+        self.rewrites += 1
         if new == 0:
             recording, self.uncommitted = self.recording, False
             self._clear()
@@ -199,6 +201,7 @@ class SmartKVLayer(CacheLayerMixin):
             self.capacity = 0  # more sequences share the budget: pack at the next step
         if torch.equal(index, torch.arange(self.batch_size, device=self.device)):
             return
+        self.rewrites += 1
         self.window.index_select(index)
         self.meter.index_select(index, self.store)
         self.row_tokens = self.row_tokens.index_select(0, index)
@@ -228,8 +231,7 @@ class SmartKVLayer(CacheLayerMixin):
         """Add new tokens to the window.
 
         k, v and, if the policy needs it, pre_rope (batch, num_kv_heads, q_len, head_dim); valid (batch, q_len) bool
-        or None.
-        """
+        or None."""
         if self.recording and self.uncommitted:
             self.recording = False
         self.uncommitted = self.recording
@@ -343,8 +345,7 @@ class SmartKVLayer(CacheLayerMixin):
 
     def _measured_parts(self, q: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, tuple[str, ...]]]:
         """(queries, position of the first, sums that they count in): "recent" takes the last ``recent_queries`` before
-        the next packing, which is due when the window has ``capacity`` tokens.
-        """
+        the next packing, which is due when the window has ``capacity`` tokens."""
         q_len, most = q.shape[2], self.config.policy.recent_queries
         until_due = max(self.capacity - self.window.used, 0)
         newest = min(max(most - until_due, 0), q_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 
@@ -19,50 +20,62 @@ class CudaGraphRecorder:
     be replayed.
     """
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
-        self._keeper = torch.cuda.CUDAGraph()  # a pool whose last graph is gone may not be shared any more
-        with torch.cuda.graph(self._keeper, stream=self._stream):
-            torch.zeros(1, device="cuda")
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+            self._keeper = torch.cuda.CUDAGraph()  # a pool whose last graph is gone may not be shared any more
+            with torch.cuda.graph(self._keeper, stream=self._stream):
+                torch.zeros(1, device=device)
 
     def __call__(self, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        # Not torch.cuda.graph(), which collects garbage and empties the allocator's cache each time.
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.device(self._device):  # else its current stream, which captures nothing, would take the work
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                out = self._capture(graph, call)
+            torch.cuda.current_stream().wait_stream(self._stream)
+        graph.replay()  # capturing has launched nothing
+        return out, graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Not torch.cuda.graph(), which collects garbage and empties the allocator's cache each time."""
         collects = gc.isenabled()
         gc.disable()  # what a collection frees may be what no capture allows
         try:
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._keeper.pool())
-                try:
-                    out = call()
-                finally:
+            graph.capture_begin(pool=self._keeper.pool())
+            try:
+                out = call()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it would only say that the capture has failed
                     graph.capture_end()
+                raise
+            graph.capture_end()
         finally:
             if collects:
                 gc.enable()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph.replay()  # capturing has launched nothing
-        return out, graph.replay
+        return out
 
 
 class ReplayedDecoder:
     """One-token steps of a patched model behind a prefill, without the cost of launching them from Python.
 
     A step that packs runs as usual and lets go of the graph, since pools and windows are then allocated anew; the next
-    but one is recorded, and the ones that follow replay it. Nothing else may write to ``cache`` meanwhile.
+    but one is recorded, and the ones that follow replay it. A step that fails leaves the cache as it was.
 
     Args:
-        model: patched, in eval mode, on one device.
-        cache: holds the prompt.
-        position_ids: (batch, 1) int64 of the next token; default: the number of tokens seen. With left padding they are
+        model: patched, in eval mode, on one device, not compiled (a compiler could start in a step that is recorded).
+        cache: holds the prompt. While this decodes nothing else may write to it.
+        position_ids: (batch, 1) of the next token; default: the number of tokens seen. With left padding they are
             smaller by the padding. New tokens are never padding.
         record: default: CUDA graphs.
 
     Raises:
-        ValueError: the cache is empty, or not on a CUDA device and nothing else is given to record.
+        ValueError: the cache is empty, on several devices, or not on a CUDA device and nothing else is given to
+            record; the shape of ``position_ids``.
     """
 
+    @torch.inference_mode(False)  # inference tensors could not be written to by steps outside of that mode
     def __init__(
         self,
         model: PreTrainedModel,
@@ -74,20 +87,54 @@ class ReplayedDecoder:
         if seen == 0:
             raise ValueError("cache must hold the prompt: call the model with it first")
         batch, device = cache.layers[0].batch_size, cache.layers[0].device
+        devices = sorted({str(layer.device) for layer in cache.layers})
+        if len(devices) > 1:
+            raise ValueError(f"cache must be on one device, where steps are replayed; got {', '.join(devices)}")
         if record is None and device.type != "cuda":
             raise ValueError(f"cache must be on a CUDA device: steps are replayed as CUDA graphs; got {device}")
+        if position_ids is not None and position_ids.shape != (batch, 1):
+            raise ValueError(f"position_ids must be ({batch}, 1); got {tuple(position_ids.shape)}")
         self._model, self._cache = model, cache
-        self._record = CudaGraphRecorder() if record is None else record
+        self._record = CudaGraphRecorder(device) if record is None else record
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._positions = torch.full((batch, 1), seen, device=device) if position_ids is None else position_ids.clone()
+        self._positions = torch.full_like(self._ids, seen)
+        if position_ids is not None:
+            self._positions.copy_(position_ids)
+        self._mark = cache.state_mark
+        self._forget()
+
+    def _forget(self) -> None:
         self._kind: tuple[bool, ...] | None = None
         self._is_warm = False  # a step has run since the last packing: libraries have what they allocate
         self._recorded: tuple[torch.Tensor, Callable[[], None]] | None = None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, vocabulary) of the token behind ``ids`` (batch, 1); overwritten by the next step."""
-        self._ids.copy_(ids)
+        """Logits (batch, vocabulary) of the token behind ``ids`` (batch, 1); overwritten by the next step.
+
+        Raises:
+            ValueError: the shape of ``ids``.
+            RuntimeError: something else has written to the cache.
+        """
+        if ids.shape != self._ids.shape:
+            raise ValueError(f"ids must be {tuple(self._ids.shape)}; got {tuple(ids.shape)}")
+        if self._cache.state_mark != self._mark:
+            raise RuntimeError("something else has written to the cache: begin with a new ReplayedDecoder")
+        seen = self._mark[1]
+        try:
+            self._ids.copy_(ids)
+            logits = self._advance()
+        except BaseException:
+            self._forget()
+            self._cache.rollback(seen)
+            raise
+        finally:
+            self._mark = self._cache.state_mark
+        self._positions += 1
+        return logits
+
+    def _advance(self) -> torch.Tensor:
         kind = self._cache.step_kind()
         if kind is None or kind != self._kind:
             self._recorded, self._kind = None, kind
@@ -96,12 +143,12 @@ class ReplayedDecoder:
             self._cache.follow()
             logits = self._recorded[0]
         elif kind is not None and self._is_warm:
-            self._recorded = self._record(self._forward)
+            with self._cache.recorded():
+                self._recorded = self._record(self._forward)
             logits = self._recorded[0]
         else:
             logits = self._forward()
         self._is_warm = kind is not None
-        self._positions += 1
         return logits
 
     def _forward(self) -> torch.Tensor:
