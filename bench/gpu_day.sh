@@ -11,6 +11,7 @@
 #   MODEL   of `generate`: smollm2, a folder, or "random" (default: the shape of Qwen2.5-1.5B, no download)
 set -uo pipefail
 cd "$(dirname "$0")/.."
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer are often nowhere else
 PYTHON=${PYTHON:-python3}
 FOLDER=${FOLDER:-build/gpu_day}
 BUNDLE=${BUNDLE:-}
@@ -81,12 +82,16 @@ part_generate() {
     --tokens 128 --limit 10 --cache dynamic --cache smartkv:0.125 --cache smartkv-graph:0.125 --cache quanto:4 --json
 }
 
-# One small case of each op: a sanitizer makes kernels ten to a hundred times as slow.
+# One small case of each op: a sanitizer makes kernels ten to a hundred times as slow. A tool takes an even share of the
+# time where this part runs alone, and 35 s where the others have run before.
 part_sanitizer() {
-  local tool
+  local tool share left=3
   local cases='(test_pages or test_append or test_decode_attention) and 64 or test_scores'
   for tool in memcheck racecheck initcheck; do
-    step 35 "sanitizer_$tool" compute-sanitizer --tool "$tool" --error-exitcode 7 \
+    share=$(((end - SECONDS) / left))
+    left=$((left - 1))
+    [ "$share" -gt 35 ] || share=35
+    step "$share" "sanitizer_$tool" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 7 \
       "$PYTHON" -m pytest -q -x -m gpu -k "$cases" python_tests/ops/test_op_devices.py
   done
 }

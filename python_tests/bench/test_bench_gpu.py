@@ -2,8 +2,10 @@
 of the script, and the page that is made of what its steps leave."""
 
 import contextlib
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import bench.gpu_report as gpu_report
 from bench import cuda_graphs
@@ -167,10 +170,42 @@ def test_script_knows_its_parts():
     assert done.returncode == 2 and "build tests bench generate sanitizer" in done.stderr
 
 
-def test_script_calls_benchmarks_that_exist():
-    for line in SCRIPT.read_text().splitlines():
-        if line.startswith("  bench "):
-            assert (SCRIPT.parent / f"{line.split()[2]}.py").is_file(), line
+def commands(tmp_path, *parts):
+    """What steps would run, as lists of arguments of the interpreter."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\t" "$@" >> {log}; echo >> {log}\n')
+    python.chmod(0o755)
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\nwhile [ "${1%/python}" = "$1" ]; do shift; done; exec "$@"\n')
+    sanitizer.chmod(0o755)
+    environment = os.environ | {
+        "PYTHON": str(python), "FOLDER": str(tmp_path / "out"), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    subprocess.run([SCRIPT, *parts], check=True, capture_output=True, env=environment)
+    return [line.split("\t")[:-1] for line in log.read_text().splitlines()]
+
+
+def test_script_gives_benchmarks_options_that_they_have(tmp_path):
+    called = [line for line in commands(tmp_path, "bench", "generate") if line[1].startswith("bench.")]
+    assert len(called) == 13 and called[-1] == ["-m", "bench.gpu_report", str(tmp_path / "out")]
+    for _, module, *arguments in called:
+        app = typer.Typer()
+        app.command()(importlib.import_module(module).main)
+        typer.main.get_command(app).make_context(module, arguments)
+
+
+@pytest.mark.parametrize("part, least", [("tests", 60), ("sanitizer", 6)])
+def test_script_selects_gpu_tests(part, least, tmp_path):
+    """As many as there are, none of which fails to be collected."""
+    for _, module, *arguments in [line for line in commands(tmp_path, part) if line[1] == "pytest"]:
+        assert module == "pytest"
+        command = [sys.executable, "-m", module, *arguments, "--collect-only"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+        found = re.search(r"^(\d+)/\d+ tests collected|^(\d+) tests collected", done.stdout, re.M)
+        assert done.returncode == 0 and found, done.stdout
+        assert int(found[1] or found[2]) >= least, done.stdout
+        if part == "sanitizer":  # all three run the same
+            break
 
 
 def test_script_goes_on_after_a_failure(tmp_path):

@@ -148,6 +148,31 @@ def test_scores(device: str) -> None:
         assert torch.allclose(got, reference.gate_score(keys, weights, biases), atol=atol)
 
 
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
+def test_nan_shows(device: str) -> None:
+    """A key that is NaN has a score that is NaN, and so has everything that attends to it."""
+    for n, dtype in ((1, torch.bfloat16), (5, torch.float32), (100, torch.bfloat16)):
+        keys = torch.randn(1, 2, n, 128).to(dtype)
+        keys[0, 1, n // 2, 5] = torch.nan
+        weights = [torch.randn(1, 2, o, i) for i, o in ((128, 256), (256, 256), (256, 1))]
+        biases = [torch.randn(1, 2, o) for o in (256, 256, 1)]
+        spoiled = torch.zeros(1, 1, 2, n, dtype=torch.bool)
+        spoiled[0, 0, 1, n // 2] = True
+        assert torch.equal(ops.gate_score(*to([[keys], weights, biases], device)).cpu().isnan(), spoiled)
+    cache = paged((4,), 64, torch.bfloat16)
+    k_window, v_window, positions, total = window(cache, 65)
+    slot = int(positions[0].argmax())
+    k_window[0, 1, slot, 5] = torch.nan
+    q = torch.randn(2, 4, 1, 64).to(torch.bfloat16)
+    out, lse = ops.decode_attention(
+        to(q, device), **cache_args(cache, device), k_window=to(k_window, device), v_window=to(v_window, device),
+        window_positions=to(positions, device), q_start=total,
+    )[:2]  # fmt: skip
+    seen = torch.zeros(2, 4, 1, dtype=torch.bool)
+    seen[0, 2:] = True
+    assert torch.equal(lse.cpu().isnan(), seen) and torch.equal(out.cpu().isnan().all(-1), seen)
+
+
 @pytest.mark.gpu
 def test_decode_step_is_captured_without_synchronisation() -> None:
     """A CUDA graph of decode_attention follows lengths and positions that change on the device."""
