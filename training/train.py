@@ -60,8 +60,6 @@ class Trainer:
         self.epoch, self.waited = 0, 0
         self.best = torch.full((count,), torch.inf, device=device)
         self.best_weights = {name: x.detach().clone() for name, x in self.model.named_parameters()}
-        self.valid_weight = balanced(self.valid_target) if self.binary else torch.ones_like(self.valid_target)
-        self.valid_weight /= self.valid_weight.sum(1, keepdim=True)
         if self.binary:
             self.positives = [row.nonzero()[:, 0].cpu() for row in self.target]
             self.negatives = [(row == 0).nonzero()[:, 0].cpu() for row in self.target]
@@ -142,14 +140,13 @@ class Trainer:
     @torch.no_grad()
     def losses(self) -> torch.Tensor:
         """(heads,) on the valid split. Regression: the share of the target's variance that is not explained; binary:
-        half of it from positives, as in training, or saying no to nearly everything would look best.
+        1 - AUC, which neither the share of positives nor too sure a head can bend; a map calibrates later.
         """
-        total = torch.zeros_like(self.best)
-        parts = (x.split(EVALUATED, 1) for x in (self.valid_inputs, self.valid_target, self.valid_weight))
-        for inputs, target, weight in zip(*parts, strict=True):
-            goal = target if self.binary else (target - self._out("out_mean")) / self._out("out_std")
-            total += (self._loss(self.model(inputs), goal) * weight).sum(1)
-        return total
+        out = torch.cat([self.model(x) for x in self.valid_inputs.split(EVALUATED, 1)], 1)
+        if self.binary:
+            mean = self._loss(out, self.valid_target).mean(1)
+            return torch.where(self.valid_target.var(1) > 0, 1 - rank_auc(out, self.valid_target), mean)
+        return self._loss(out, (self.valid_target - self._out("out_mean")) / self._out("out_std")).mean(1)
 
     # -- logs and checkpoints --------------------------------------------------------------------------------------
 
@@ -177,7 +174,7 @@ class Trainer:
         for x in (self.target, self.valid_target):
             targets.update(x.cpu().numpy().tobytes())
         facts = {"tokens seen": self.inputs.shape[1], "targets": targets.hexdigest()}
-        return asdict(self.recipe) | facts | ({"validation": "balanced"} if self.binary else {})
+        return asdict(self.recipe) | facts | ({"validation": "auc"} if self.binary else {})
 
     def _resume(self) -> None:
         """Go on from a checkpoint of the same recipe and data; any other is left behind."""
@@ -211,10 +208,16 @@ class Trainer:
         )  # fmt: skip
 
 
-def balanced(labels: torch.Tensor) -> torch.Tensor:
-    """(heads, n) weights that give both labels (heads, n), 1 or 0, the same sum, where a head has both."""
-    share = labels.mean(1, keepdim=True)
-    return torch.where(labels > 0, 1 / share.clamp(min=1e-9), 1 / (1 - share).clamp(min=1e-9))
+def rank_auc(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(heads,) areas under the ROC of scores (heads, n) for labels 1 and 0 (heads, n), by the sum of ranks.
+
+    nan where a label is missing; equal scores count in the order in which they stand.
+    """
+    ranks = scores.argsort(1).argsort(1).double()
+    positives = labels.double().sum(1)
+    least = positives * (positives - 1) / 2
+    found = ((ranks * labels).sum(1) - least) / (positives * (labels.shape[1] - positives))
+    return found.to(scores.dtype)
 
 
 def nn_bce(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
