@@ -218,20 +218,23 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2) decode_attention_kernel(
     const int64_t low = at - unit.begin, high = min(end - unit.begin, unit.cost);
     at = unit.begin + unit.cost;
     bool is_rotated = false;
-    for_each_tier(p, unit.head, low, high, [&](const Tiles& tiles, int kind) {
+    for_each_tier(p, unit.head, low, high, [&](const Tiles& tiles, int kind) SMARTKV_FORCED {
       if (kind == 16 && is_rotated) rotate_back<HEAD_DIM>(block);
       is_rotated = kind != 16;
-      SMARTKV_TIER_SWITCH(kind, [&] {
-        if constexpr (TIER != 16) {
-          attend_codes<HEAD_DIM, TIER>(block, tiles);
-        } else if constexpr (IS_FLOAT32) {
-          attend_dense<HEAD_DIM, DType::FLOAT32>(block, tiles);
-        } else if (p.q.dtype == DType::BFLOAT16) {
-          attend_dense<HEAD_DIM, DType::BFLOAT16>(block, tiles);
-        } else {
-          attend_dense<HEAD_DIM, DType::FLOAT16>(block, tiles);
-        }
-      });
+      if (kind == 2) attend_codes<HEAD_DIM, 2>(block, tiles);
+      if (kind == 302) attend_codes<HEAD_DIM, 302>(block, tiles);
+      if (kind == 3) attend_codes<HEAD_DIM, 3>(block, tiles);
+      if (kind == 403) attend_codes<HEAD_DIM, 403>(block, tiles);
+      if (kind == 4) attend_codes<HEAD_DIM, 4>(block, tiles);
+      if (kind == 8) attend_codes<HEAD_DIM, 8>(block, tiles);
+      if (kind != 16) return;
+      if constexpr (IS_FLOAT32) {
+        attend_dense<HEAD_DIM, DType::FLOAT32>(block, tiles);
+      } else if (p.q.dtype == DType::BFLOAT16) {
+        attend_dense<HEAD_DIM, DType::BFLOAT16>(block, tiles);
+      } else {
+        attend_dense<HEAD_DIM, DType::FLOAT16>(block, tiles);
+      }
     });
     if (is_rotated) rotate_back<HEAD_DIM>(block);
     const int64_t part = (blockIdx.x + unit.index) * Layout::ROWS;

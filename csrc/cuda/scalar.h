@@ -104,6 +104,10 @@ __device__ __forceinline__ float max_lanes(float x) {
     }                                          \
   }()
 
+// For a lambda that is inlined whatever its size: if it is not, the kernel's arguments that it
+// captures move to the stack.
+#define SMARTKV_FORCED __attribute__((always_inline))
+
 // The same for a tier.
 #define SMARTKV_TIER_SWITCH(tier, ...) \
   [&] {                                \
