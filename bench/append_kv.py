@@ -15,6 +15,7 @@ import typer
 
 from bench import options
 from bench.operands import CPU, Packed, Tokens, uniform_cache
+from bench.output import tier_label
 from bench.quantize_kv import rival_calls
 from bench.session import Session
 from bench.timing import Work
@@ -66,7 +67,7 @@ def main(
     tokens = Tokens.random(batch, kv_heads, new, head_dim, session.device)
     case = {"bits": bits, "new": new, "kv_len": kv_len, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
     session.report(
-        f"{bits} bit, {kv_heads} kv heads, head_dim {head_dim}, {new} tokens behind {kv_len}, batch {batch}",
+        f"{tier_label(bits)}, {kv_heads} kv heads, head_dim {head_dim}, {new} tokens behind {kv_len}, batch {batch}",
         append_calls(session, cache, tokens), rival_calls(session, tokens, bits), case,
         input_gbps=2 * tokens.k.nbytes / 1e9,
     )  # fmt: skip

@@ -20,6 +20,7 @@ import typer
 
 from bench import options
 from bench.operands import Packed, Tokens, uniform_cache
+from bench.output import tier_label
 from bench.session import Session
 from bench.timing import Work
 from smartkv_ext import ops
@@ -98,8 +99,9 @@ def main(
         "bits": bits, "keep": keep, "kv_len": kv_len, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch,
         "moved_records": moved,
     }  # fmt: skip
+    shape = f"{kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens"
     session.report(
-        f"{bits} bit, {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, keep {keep:g}: {moved:,} records move",
+        f"{tier_label(bits)}, {shape}, keep {keep:g}: {moved:,} records move",
         compact_calls(session, cache, targets), rival_calls(session, cache, targets), case,
     )  # fmt: skip
 

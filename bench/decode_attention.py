@@ -19,11 +19,12 @@ import typer
 
 from bench import options
 from bench.operands import Packed, Tokens, mixed_cache, uniform_cache
+from bench.output import tier_label
 from bench.rivals import attention_rivals, attention_ways
 from bench.session import Session, Times, rival_rows, table_row
 from bench.timing import Work
 from smartkv_ext import ops
-from smartkv_ext.reference.layout import TIERS, tier_name
+from smartkv_ext.reference.layout import TIERS
 
 
 def attention_calls(session: Session, cache: Packed, q: torch.Tensor, window_len: int = 0, **keywords: Any) -> Work:
@@ -96,9 +97,8 @@ class Measured:
     def rows(self) -> list[dict[str, Any]]:
         """For the table."""
         names = {"packed": "", "mass": ", with mass", "ragged": ", ragged", "mix": f", ragged, {len(TIERS)} tiers"}
-        label = f"{tier_name(self.bits)}-bit" if self.bits <= 16 else tier_name(self.bits)
         rows = [
-            table_row(f"{label}{names[name]}", self.times.figures(name, self.num_bytes[name]))
+            table_row(f"{tier_label(self.bits)}{names[name]}", self.times.figures(name, self.num_bytes[name]))
             for name in self.times.works
         ]
         if self.errors is not None:

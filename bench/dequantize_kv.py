@@ -16,6 +16,7 @@ import typer
 
 from bench import options
 from bench.operands import Tokens
+from bench.output import tier_label
 from bench.rivals import dequantize_eagerly, quantize_eagerly, rotation_matrix
 from bench.session import Session
 from bench.timing import Work
@@ -69,7 +70,7 @@ def main(
     tokens = Tokens.random(batch, kv_heads, kv_len, head_dim, session.device)
     case = {"bits": bits, "kv_len": kv_len, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
     session.report(
-        f"{bits} bit, {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, batch {batch}",
+        f"{tier_label(bits)}, {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, batch {batch}",
         dequantize_calls(session, tokens, bits), rival_calls(session, tokens, bits), case,
         output_gbps=2 * tokens.k.nbytes / 1e9,
     )  # fmt: skip

@@ -62,7 +62,7 @@ bench() {
 
 # The cases of the table of goals, then what is left.
 part_bench() {
-  local tiers=(--bits 2 --bits 3 --bits 4 --bits 8)
+  local tiers=(--bits 2 --bits 302 --bits 3 --bits 403 --bits 4 --bits 8)
   bench decode_1x32k decode_attention --kv-len 32768 "${tiers[@]}" --mix --mass
   bench decode_8x32k decode_attention --kv-len 32768 --batch 8 "${tiers[@]}"
   bench compact_4 compact_kv --kv-len 32768 --bits 4

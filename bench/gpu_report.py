@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.output import tier_label
+
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ("us", "floor_us", "floor_ratio", "gbps", "copy_gbps", "gflops", "matmul_bf16_gflops")
 VARIANTS = {"mass": "with mass", "ragged": "ragged", "mix": "ragged, all tiers"}
@@ -57,7 +59,7 @@ def _op_rows(name: str, result: dict[str, Any]) -> Iterator[list[str]]:
     for case in result.get("cases", [result]):
         shared = {key: result[key] for key in ("copy_gbps",) if key in result} | case
         bits = case.get("bits", result["case"].get("bits"))
-        label = f"{name}, {bits} bit" if bits else name
+        label = f"{name}, {tier_label(bits)}" if bits else name
         best = f"{case['rivals_us'][case['best_torch']]:.4g} ({case['best_torch']})"
         yield [label, *(f"{shared[x]:.4g}" if x in shared else "" for x in FIELDS), best]
         for variant, words in VARIANTS.items():

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from smartkv_ext.reference.layout import tier_name
+
 FLOOR = "floor: reading and writing the op's bytes once, at the fastest read measured here"
 
 
@@ -31,6 +33,12 @@ def show(
             table.add_row(*(_text(row.get(name)) for name in rows[0]))
         Console(width=150).print(table)
     print(line, flush=True)
+
+
+def tier_label(tier: int) -> str:
+    """ "4 bit", or "K3V2" for 302."""
+    name = tier_name(tier)
+    return f"{name} bit" if name == str(tier) else name
 
 
 def _text(value: Any) -> str:

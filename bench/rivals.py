@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.session import Session
 from bench.timing import Work
 from smartkv_ext.reference.hadamard import rotate
+from smartkv_ext.reference.layout import kv_bits
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # a code's share of a byte in the eager rivals
 
@@ -85,7 +86,7 @@ def rotation_matrix(head_dim: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def quantize_eagerly(
-    k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, bits: int, rotation: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, mean: torch.Tensor, tier: int, rotation: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same steps as quantize_kv with uniform levels, in eager torch: k, v codes (uint8, packed) and their scales.
 
@@ -93,7 +94,8 @@ def quantize_eagerly(
     ``rotation_matrix``; its dtype is that of the arithmetic.
     """
     packed = []
-    for x in (k.to(rotation.dtype) - mean[:, :, None].to(rotation.dtype), v.to(rotation.dtype)):
+    centred = k.to(rotation.dtype) - mean[:, :, None].to(rotation.dtype)
+    for x, bits in zip((centred, v.to(rotation.dtype)), kv_bits(tier), strict=True):
         y = x @ rotation
         scale = y.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
         codes = (y / scale + 2 ** (bits - 1)).clamp_(0, 2**bits - 1).to(torch.uint8)
@@ -112,13 +114,13 @@ def dequantize_eagerly(
     v_codes: torch.Tensor,
     v_scale: torch.Tensor,
     mean: torch.Tensor,
-    bits: int,
+    tier: int,
     rotation: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse of quantize_eagerly: k, v (batch, kv_heads, n, head_dim) bfloat16."""
-    width = CONTAINER_BITS[bits]
     out = []
-    for codes, scale in ((k_codes, k_scale), (v_codes, v_scale)):
+    for codes, scale, bits in zip((k_codes, v_codes), (k_scale, v_scale), kv_bits(tier), strict=True):
+        width = CONTAINER_BITS[bits]
         lanes = [(codes >> (i * width)) & (2**width - 1) for i in range(8 // width)]
         y = (torch.cat(lanes, -1).to(rotation.dtype) - (2 ** (bits - 1) - 0.5)) * scale
         out.append(y @ rotation.T)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from bench.output import tier_label
 from bench.timing import CALM
 
 COLUMNS = ("case", "kernels", "us", "GB/s", "read GB/s", "x floor", "best torch us", "x best torch", "more")
@@ -52,7 +53,7 @@ def _rows(entry: dict[str, Any]) -> Iterator[list[str]]:
         return
     result = entry["result"]
     for case in result.get("cases", [result]):
-        name = f"{entry['name']}, {case['bits']} bit" if "bits" in case else entry["name"]
+        name = f"{entry['name']}, {tier_label(case['bits'])}" if "bits" in case else entry["name"]
         more = [text.format(case[field]) for field, text in EXTRAS.items() if field in case]
         if case["others_cpu"] > CALM:
             more.append(f"**busy machine: others took {case['others_cpu']:.0%} of the CPU**")

@@ -103,6 +103,13 @@ def test_figures(module):
     assert result["op"] == module and result["case"] and result["kernel_set"]
 
 
+@pytest.mark.parametrize("module", ("quantize_kv", "dequantize_kv", "append_kv", "compact_kv"))
+def test_a_tier_with_more_bits_for_keys(module):
+    *table, line = run(module, *SIZES, "--bits", 302).splitlines()
+    assert "K3V2, 2 kv heads" in "\n".join(table)
+    check_figures(json.loads(line))
+
+
 def test_all_six_rivals_of_attention():
     result = run_json("decode_attention", *SIZES, "--heads", HEADS)
     ways = ("sdpa repeated", "sdpa gqa", "folded matmul")
@@ -184,7 +191,7 @@ def test_ways_to_attend_agree():
         torch.testing.assert_close(other, first)
 
 
-@pytest.mark.parametrize(("bits", "limit"), ((2, 0.6), (3, 0.25), (4, 0.12), (8, 0.01)))
+@pytest.mark.parametrize(("bits", "limit"), ((2, 0.6), (302, 0.6), (3, 0.25), (4, 0.12), (8, 0.01)))
 def test_eager_quantiser_is_a_quantiser(bits, limit):
     tokens = Tokens.random(1, KV_HEADS, N, D)
     rotation = rotation_matrix(D, torch.float32, torch.device("cpu"))
