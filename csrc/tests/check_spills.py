@@ -20,8 +20,10 @@ ALLOWED = {
     "demote_kernel<256, 2>": (144, "decoders and an encoder of sixteen values in each lane; runs when packing"),
     "demote_kernel<256, 302>": (64, "the same"),
     "demote_kernel<256, 3>": (12, "the same"),
-    "decode_attention_kernel<80, 1, true>": (16, "float32, the three terms of every operand: not what GPUs serve"),
-    "decode_attention_kernel<96, 1, true>": (8, "the same"),
+    "decode_attention_kernel<80, 1, true>": (32, "float32, the three terms of every operand: not what GPUs serve"),
+    "decode_attention_kernel<96, 1, true>": (32, "the same"),
+    "decode_attention_kernel<96, 2, false>": (24, "seven kinds of tiles in one kernel; a few registers, on sm_90 alone"),
+    "decode_attention_kernel<80, 1, false>": (8, "the same"),
 }
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
