@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +34,19 @@ def test_page_layout(bits: int, head_dim: int, itemsize: int) -> None:
 def test_constants() -> None:
     assert (_core.PAGE_SIZE, _core.PAGE_FORMAT_VERSION) == (layout.PAGE_SIZE, layout.PAGE_FORMAT_VERSION)
     assert (layout.TIERS, layout.HEAD_DIMS, len(layout.TIERS)) == (_core.TIERS, _core.HEAD_DIMS, _core.MAX_TIERS)
+
+
+def test_stub_names_what_there_is() -> None:
+    """The type checker sees the stub alone."""
+    stub = ast.parse(Path(_core.__file__).with_name("_core.pyi").read_text())
+    functions = {
+        node.name: [arg.arg for arg in node.args.args] for node in stub.body if isinstance(node, ast.FunctionDef)
+    }
+    constants = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    assert functions.keys() | constants == {name for name in vars(_core) if not name.startswith("_")}
+    for name, arguments in functions.items():
+        signature = getattr(_core, name).__doc__.splitlines()[0].split("->")[0]
+        assert re.findall(r"(\w+): ", signature) == arguments, name
 
 
 @pytest.mark.parametrize("kind", levels.LEVELS)
