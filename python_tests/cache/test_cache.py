@@ -1,15 +1,18 @@
 """Budget, accounting, persistence and bad input."""
 
 import copy
+import json
 import re
 
 import pytest
 import torch
 from hf.tiny import generate, prompts, tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
-from smartkv_ext.quant import parse_budget
+from smartkv_ext.quant import QuantSpec, parse_budget
 
 
 def held_bytes(cache):
@@ -133,6 +136,30 @@ def test_save_and_load(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(a.logits, b.logits, strict=True))
 
 
+def test_files_of_page_format_1_load(tmp_path):
+    """They have tiers of equal bits alone, whose pages are as they were."""
+    model, path = tiny("qwen2"), tmp_path / "cache.safetensors"
+    ids, mask = prompts(1)
+    with smartkv_ext.patch(model):
+        cache = SmartKVCache(model.config, budget=0.5, policy="snapkv", window=24, tiers=(2, 3, 4, 8, 16))
+        generate(model, ids, mask, cache)
+        cache.save(path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["smartkv_cache"])
+    tensors = load_file(path)
+    assert header["page_format_version"] == 2
+    save_file(tensors, path, {"smartkv_cache": json.dumps(header | {"page_format_version": 1})})
+    loaded = SmartKVCache.load(path, model.config)
+    assert loaded.report() == cache.report() and loaded.smartkv_config == cache.smartkv_config
+    save_file(tensors, path, {"smartkv_cache": json.dumps(header | {"page_format_version": 3})})
+    with pytest.raises(ValueError, match="page_format_version 3; this smartkv_ext reads 1 and 2"):
+        SmartKVCache.load(path, model.config)
+
+
+def test_tiers_are_read_as_people_write_them():
+    assert QuantSpec.create(["16", " k3v2", 403, 2], "gaussian", True).tiers == (2, 302, 403, 16)
+
+
 def test_load_refuses_what_it_cannot_trust(tmp_path):
     model = tiny("qwen2")
     ids, _mask = prompts(1)
@@ -246,10 +273,10 @@ def test_a_failed_step_leaves_the_cache_as_it_was():
     model = tiny("qwen2")
     ids, _mask = prompts(1, 900)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget="200kB", policy="full", window=16, tiers=(4,))
+        cache = SmartKVCache(model.config, budget="200kB", policy="full", window=16, tiers=("K4V3",))
         model(ids[:, :100], past_key_values=cache)
         before = copy.deepcopy(cache)
-        with pytest.raises(ValueError, match="budget is too small for policy 'full'"):
+        with pytest.raises(ValueError, match=r"budget is too small for policy 'full'.* at K4V3 bits"):
             model(ids[:, 100:], past_key_values=cache)
         assert cache.get_seq_length() == 100
         assert {layer.seen for layer in cache.layers} == {100}

@@ -1,7 +1,9 @@
 """The report holds what the rows say, and opens without a network."""
 
+import base64
 import json
 import re
+import zlib
 
 import pytest
 import torch
@@ -94,13 +96,19 @@ def test_notable_families_are_the_best_ones():
 def test_map_for_the_browser(rows_file):
     kept = KeptMap.from_row(next(row for row in read_rows(rows_file) if row["kind"] == "map"))
     raw = kept.for_browser()
-    import base64
-
     layers, tokens = raw["layers"], raw["tokens"]
     values = torch.frombuffer(bytearray(base64.b64decode(raw["data"])), dtype=torch.uint8).view(2, layers + 1, tokens)
     assert torch.equal(values[0, :layers] == 0, (kept.bits > 0).sum(1) == 0)
     assert values[1, 0, 0] == 160  # a sink
     assert sum(share.mean().item() for share in kept.tier_shares().values()) == pytest.approx(1)
+
+
+def test_maps_of_whole_bits():
+    """As rows had them before tiers with more bits for keys than for values."""
+    packed = base64.b64encode(zlib.compress(bytes([0, 3, 4, 16]))).decode()
+    row = {"method": "full", "task": "a", "document": "b", "ratio": 1.0, "token_texts": list("abcd"), "map": packed}
+    kept = KeptMap.from_row(row | {"map_shape": [1, 1, 4]})
+    assert kept.tier_shares().keys() == {0, 3, 4, 16}
 
 
 def test_token_texts_join_split_characters():

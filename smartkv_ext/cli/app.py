@@ -40,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON; what
 
 def parse_tiers(text: str) -> tuple[str, ...]:
     """Tiers from text such as "K3V2,4,8". Whether a cache can have them is for the cache to say."""
-    return tuple(part.strip() for part in text.split(","))
+    return tuple(text.split(","))
 
 
 @app.command()

@@ -36,7 +36,7 @@ class QuantSpec:
             isinstance(t, bool) or not isinstance(t, (int, str)) for t in tiers
         ):  # fmt: skip
             raise TypeError(f"tiers must be a sequence of bits, of {_ACCEPTED}; got {tiers!r}")
-        chosen = [_BY_NAME.get(str(t).upper()) for t in tiers]
+        chosen = [_BY_NAME.get(str(t).strip().upper()) for t in tiers]
         known = [t for t in chosen if t is not None]
         if not known or len(set(known)) != len(chosen):
             raise ValueError(f"tiers must be distinct values of {_ACCEPTED}; got {list(tiers)}")
