@@ -22,10 +22,9 @@ void test_select(int64_t groups, int64_t heads, int64_t n, int num_tiers, bool i
     current[i] = static_cast<int8_t>(tier);
   }
   SelectParams p{};
-  const int64_t page_bytes[] = {4992, 7040, 9088, 17280, 33152};
-  const double distortion[] = {0.1175, 0.03454, 0.009497, 4e-5, 0};
+  const double distortion[MAX_TIERS] = {0.25, 0.1, 0.07, 0.03, 0.02, 4e-5, 0};
   for (int t = 0; t < num_tiers; ++t) {
-    p.page_bytes[t] = page_bytes[t];
+    p.page_bytes[t] = page_layout(TIERS[t], 128).page_bytes;
     p.distortion[t] = distortion[t];
   }
   for (int64_t& budget : budgets)
@@ -51,7 +50,7 @@ void test_select(int64_t groups, int64_t heads, int64_t n, int num_tiers, bool i
 
 int main() {
   int seed = 0;
-  for (int num_tiers : {1, 3, 5}) {
+  for (int num_tiers : {1, 3, MAX_TIERS}) {
     for (const auto& [heads, n] : {std::pair{1, 1}, {1, 65}, {3, 130}, {8, 400}, {500, 3}}) {
       simt::set_seed(seed++);
       test_select(seed % 2 + 1, heads, n, num_tiers, seed % 2 == 0);
