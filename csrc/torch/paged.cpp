@@ -24,8 +24,8 @@ void fill_tiers(PagedKV& cache, const std::vector<int64_t>& tier_bits) {
   for (int t = 0; t < cache.num_tiers; ++t) {
     cache.tier_bits[t] = check_tier(tier_bits[t]);
     check(t == 0 || bits_of_pair(cache.tier_bits[t]) > bits_of_pair(cache.tier_bits[t - 1]),
-          "tier_bits must be ascending; got ", tier_bits[t], " after ",
-          tier_bits[t > 0 ? t - 1 : 0]);
+          "tier_bits must ascend by the bits of keys and values (302: 3 and 2); got ", tier_bits[t],
+          " after ", tier_bits[t > 0 ? t - 1 : 0]);
   }
 }
 

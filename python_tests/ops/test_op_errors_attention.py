@@ -78,9 +78,9 @@ CASES = [
     (
         "decode_attention",
         "tier_bits",
-        [4, 2, 16],
+        [2, 4, 302],
         R,
-        "tier_bits must be ascending; got 2 after 4",
+        "tier_bits must ascend by the bits of keys and values (302: 3 and 2); got 302 after 4",
     ),
     (
         "decode_attention",

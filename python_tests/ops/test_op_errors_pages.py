@@ -107,7 +107,7 @@ CASES = [
         "tier_bits",
         [2, 2, 16],
         R,
-        "tier_bits must be ascending; got 2 after 2",
+        "tier_bits must ascend by the bits of keys and values (302: 3 and 2); got 2 after 2",
     ),
     (
         "append_kv",
