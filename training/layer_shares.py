@@ -6,7 +6,8 @@ python -m training.layer_shares --model MODEL --gates runs/MODEL/gates      writ
 
 One layer at a time holds its tokens in ``budget`` of its bytes while all others are exact; D_l is the KL divergence
 that this alone costs. With losses that add up over the layers and fall like bytes ** -slope, the least sum under one
-budget has bytes_l ~ D_l ** (1 / (1 + slope)) (Lagrange). Of several texts each counts the same. Shares stay within 1/4 and 4 of an even split.
+budget has bytes_l ~ D_l ** (1 / (1 + slope)) (Lagrange). Of several texts each counts the same. Shares stay within 1/4
+and 4 of an even split.
 """
 
 from __future__ import annotations

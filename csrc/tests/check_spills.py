@@ -22,7 +22,7 @@ ALLOWED = {
     "demote_kernel<256, 3>": (12, "the same"),
     "decode_attention_kernel<80, 1, true>": (32, "float32, the three terms of every operand: not what GPUs serve"),
     "decode_attention_kernel<96, 1, true>": (32, "the same"),
-    "decode_attention_kernel<96, 2, false>": (24, "seven kinds of tiles in one kernel; a few registers, on sm_90 alone"),
+    "decode_attention_kernel<96, 2, false>": (24, "seven kinds of tiles in one kernel; few registers, sm_90 alone"),
     "decode_attention_kernel<80, 1, false>": (8, "the same"),
 }
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
