@@ -293,3 +293,9 @@ def test_patching_a_copy_of_a_patched_model():
     a = generate(model, ids, mask, SmartKVCache(model.config, budget=0.5, window=24))
     b = generate(twin, ids, mask, SmartKVCache(model.config, budget=0.5, window=24))
     assert torch.equal(a.sequences, b.sequences)
+
+
+def test_default_tiers_depend_on_whether_anything_is_evicted():
+    config = tiny("qwen2").config
+    assert SmartKVCache(config, policy="keydiff").smartkv_config.quant.tiers == (302, 403, 4, 8, 16)
+    assert SmartKVCache(config, policy="full").smartkv_config.quant.tiers == (2, 302, 403, 4, 8, 16)

@@ -12,16 +12,12 @@ import torch
 from cli_runner import DOCUMENT, ask, call
 from transformers import DynamicCache
 
-from smartkv_ext.cli import app
-from smartkv_ext.cli.app import parse_tiers
 from smartkv_ext.cli.demo import NOTE, language_reference, plant
 from smartkv_ext.cli.errors import CliError
 from smartkv_ext.cli.models import load_model
 from smartkv_ext.cli.prompt import build_prompt
 from smartkv_ext.cli.smollm2 import ensure
 from smartkv_ext.policies import POLICIES
-from smartkv_ext.quant import DEFAULT_TIERS
-from smartkv_ext.reference.layout import tier_name
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -184,7 +180,3 @@ def test_interrupt_ends_with_130(folder):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in stderr
-
-
-def test_default_tiers_are_those_of_the_cache():
-    assert parse_tiers(app.DEFAULT_TIERS) == tuple(map(tier_name, DEFAULT_TIERS))

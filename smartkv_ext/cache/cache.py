@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from smartkv_ext.policies import Policy, get_policy
-from smartkv_ext.quant import DEFAULT_TIERS, Budget
+from smartkv_ext.quant import Budget
 
 from . import serialize
 from .arrivals import score_arrivals
@@ -33,7 +33,8 @@ class SmartKVCache(Cache):
         policy: which tokens matter: a policy (``smartkv_ext.policies``), its name, or a JSON or YAML file that says
             more. "auto" takes gates where some for the model come with the package; ``report()`` says what it took.
         tiers: bit widths that packed tokens may have, of 2, "K3V2" (keys 3, values 2 bits), 3, "K4V3", 4, 8 and
-            16; 16 is the model's own dtype.
+            16; 16 is the model's own dtype. Default: K3V2, K4V3, 4, 8 and 16, and 2 as well under a policy that evicts
+            nothing.
         sinks: first tokens of each sequence, never packed.
         window: newest tokens, never packed. It shrinks where it would take more than a quarter of the budget.
         scope: "head": every KV head decides for itself; "layer": a token lives or dies in all heads of a layer;
@@ -54,7 +55,7 @@ class SmartKVCache(Cache):
         config: Any,
         budget: float | str | Budget | None = 0.125,
         policy: str | Policy = "auto",
-        tiers: Sequence[int | str] = DEFAULT_TIERS,
+        tiers: Sequence[int | str] | None = None,
         sinks: int = 4,
         window: int = 128,
         scope: str = "head",

@@ -10,7 +10,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smartkv_ext.policies import Policy, get_policy
-from smartkv_ext.quant import Budget, QuantSpec, parse_budget
+from smartkv_ext.quant import Budget, QuantSpec, default_tiers, parse_budget
 from smartkv_ext.reference.layout import HEAD_DIMS, PAGE_SIZE
 
 from .meter import meter_names
@@ -90,7 +90,7 @@ class CacheConfig:
     @classmethod
     def create(
         cls, geometry: ModelGeometry, inv_freq: tuple[float, ...], *, budget: float | str | Budget | None,
-        policy: str | Policy, tiers: Sequence[int | str], sinks: int, window: int, scope: str, levels: str,
+        policy: str | Policy, tiers: Sequence[int | str] | None, sinks: int, window: int, scope: str, levels: str,
         mean_shift: bool, precision: str,
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
@@ -112,7 +112,7 @@ class CacheConfig:
         config = cls(
             budget=parse_budget(budget),
             policy=policy,
-            quant=QuantSpec.create(tiers, levels, mean_shift),
+            quant=QuantSpec.create(default_tiers(policy.evicts) if tiers is None else tiers, levels, mean_shift),
             num_sinks=sinks if policy.keeps_sinks else 0,
             window=window,
             scope=scope,

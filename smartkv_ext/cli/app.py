@@ -27,8 +27,13 @@ Budget = Annotated[
 PolicyName = Annotated[
     str, typer.Option("--policy", help="Which tokens matter: see `smartkv policies`; or a JSON or YAML file.")
 ]
-DEFAULT_TIERS = "K3V2,K4V3,4,8,16"
-Tiers = Annotated[str, typer.Option(help="Bits of packed tokens, of 2, K3V2 (keys 3, values 2), 3, K4V3, 4, 8, 16.")]
+Tiers = Annotated[
+    str | None,
+    typer.Option(
+        help="Bits of packed tokens, of 2, K3V2 (keys 3, values 2), 3, K4V3, 4, 8, 16; default K3V2,K4V3,4,8,16, and "
+        "2 as well under a policy that evicts nothing."
+    ),
+]
 Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
 Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]
 Scope = Annotated[str, typer.Option(help="Who decides about a token: head, layer or global.")]
@@ -38,9 +43,9 @@ Chunk = Annotated[int, typer.Option(min=1, help="Tokens of the document per forw
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON; what people read goes to stderr.")]
 
 
-def parse_tiers(text: str) -> tuple[str, ...]:
+def parse_tiers(text: str | None) -> tuple[str, ...] | None:
     """Tiers from text such as "K3V2,4,8". Whether a cache can have them is for the cache to say."""
-    return tuple(text.split(","))
+    return None if text is None else tuple(text.split(","))
 
 
 @app.command()
@@ -51,7 +56,7 @@ def generate(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "auto",
-    tiers: Tiers = DEFAULT_TIERS,
+    tiers: Tiers = None,
     window: Window = 128,
     sinks: Sinks = 4,
     scope: Scope = "head",
@@ -82,7 +87,7 @@ def demo(
     model: Model = "smollm2",
     budget: Budget = "0.125",
     policy: PolicyName = "auto",
-    tiers: Tiers = DEFAULT_TIERS,
+    tiers: Tiers = None,
     window: Window = 128,
     scope: Scope = "head",
     dtype: Dtype = "auto",

@@ -16,7 +16,8 @@ import smartkv_ext
 from smartkv_ext.cache import CacheReport, SmartKVCache
 from smartkv_ext.eval.prompt import Prompt
 from smartkv_ext.hf.patching import attention_modules
-from smartkv_ext.quant import DEFAULT_TIERS, QuantSpec
+from smartkv_ext.policies import get_policy
+from smartkv_ext.quant import QuantSpec, default_tiers
 from smartkv_ext.reference.layout import tier_name
 
 Advance = Callable[[float], None]  # told how many more tokens have gone through the model
@@ -29,7 +30,7 @@ class Settings:
 
     budget: float | str | None = 0.125
     policy: str = "auto"
-    tiers: Sequence[int | str] = DEFAULT_TIERS
+    tiers: Sequence[int | str] | None = None  # None: those of the cache
     window: int = 128
     sinks: int = 4
     scope: str = "head"
@@ -40,7 +41,8 @@ class Settings:
     @property
     def tier_names(self) -> list[str]:
         """Ascending, as people write them."""
-        return [tier_name(tier) for tier in QuantSpec.create(self.tiers, "gaussian", True).tiers]
+        tiers = self.tiers or default_tiers(get_policy(self.policy).evicts)
+        return [tier_name(tier) for tier in QuantSpec.create(tiers, "gaussian", True).tiers]
 
     def new_cache(self, config: Any) -> SmartKVCache:
         """An empty cache. Raises ValueError naming the argument that is wrong."""

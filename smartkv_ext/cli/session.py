@@ -45,7 +45,8 @@ class Session:
         with usage_errors():
             parse_budget(value)
             get_policy(chosen.policy)
-            QuantSpec.create(chosen.tiers, "gaussian", True)
+            if chosen.tiers is not None:
+                QuantSpec.create(chosen.tiers, "gaussian", True)
             if chosen.scope not in SCOPES:
                 raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {chosen.scope!r}")
         check_dtype(dtype)

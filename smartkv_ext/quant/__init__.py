@@ -1,6 +1,6 @@
 """Tiers, their true cost in bytes, and the byte budget that they share."""
 
 from .budget import Budget, parse_budget
-from .spec import DEFAULT_TIERS, TIER_LOSS, QuantSpec
+from .spec import TIER_LOSS, QuantSpec, default_tiers
 
-__all__ = ["DEFAULT_TIERS", "TIER_LOSS", "Budget", "QuantSpec", "parse_budget"]
+__all__ = ["TIER_LOSS", "Budget", "QuantSpec", "default_tiers", "parse_budget"]

@@ -21,6 +21,11 @@ _ACCEPTED = ", ".join(map(tier_name, TIERS))
 _BY_NAME = {tier_name(tier): tier for tier in TIERS} | {str(tier): tier for tier in TIERS}
 
 
+def default_tiers(evicts: bool) -> tuple[int, ...]:
+    """For a policy that evicts, and for one that keeps every token, at 2 bits if it must."""
+    return DEFAULT_TIERS if evicts else (2, *DEFAULT_TIERS)
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """Tiers in ascending order, the reconstruction levels, and whether keys are shifted by their mean (docs/design)."""
