@@ -27,8 +27,9 @@ class Recording:
 
     def __init__(self, work: Work) -> None:
         self._restore = work.restore
-        first = event_seconds(lambda: self._run([0], work.calls[:1]))  # compiles, and fills torch's own caches
-        many = 1 if work.restore else max(1, min(len(work.calls), int(REPLAY / max(first, 1e-6))))
+        self._run([0], work.calls[:1])  # loads the kernels or compiles them, which takes longer than a graph may last
+        once = event_seconds(lambda: self._run([0], work.calls[:1]))
+        many = 1 if work.restore else max(1, min(len(work.calls), int(REPLAY / max(once, 1e-6))))
         starts = range(0, len(work.calls), many)
         self._indices = [list(range(start, min(start + many, len(work.calls)))) for start in starts]
         self._parts = [[work.calls[i] for i in indices] for indices in self._indices]
