@@ -215,6 +215,24 @@ def test_a_step_that_fails_is_taken_back(policy, part):
     torch.testing.assert_close(torch.stack(got, 1), expected)
 
 
+def test_refuses_a_cache_that_could_not_be_taken_back():
+    """A sliding layer that has packed in the failing step lacks what the step before it saw."""
+    model = tiny("mistral_sliding", num_hidden_layers=2)
+    ids, _ = prompts(1, 320)
+    with smartkv_ext.patch(model), torch.no_grad():
+        cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64)
+        model(ids[:, :200], past_key_values=cache)
+        decoder = ReplayedDecoder(model, cache, record=Recorder())
+        at = 200
+        while cache.step_kind() is not None:
+            decoder.step(ids[:, at : at + 1])
+            at += 1
+        with broken(model.model.layers[1].mlp, "forward"), pytest.raises(RuntimeError, match="could not be restored"):
+            decoder.step(ids[:, at : at + 1])
+        with pytest.raises(RuntimeError, match="begin with a new ReplayedDecoder"):
+            decoder.step(ids[:, at : at + 1])
+
+
 def test_compiled_steps_are_not_compiled_anew():
     """The second step of a compiled model generalises, if anything; the ones behind it run what is there."""
     model = tiny("qwen2", num_hidden_layers=2)
@@ -243,8 +261,27 @@ def streams(monkeypatch):
     log = []
 
     class Graph:
-        def __getattr__(self, name):
-            return lambda **kwargs: log.append(name)
+        made = 0
+
+        def __init__(self):
+            Graph.made += 1
+            self.id = Graph.made
+
+        def pool(self):
+            return 0, self.id
+
+        def capture_begin(self, pool, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+            log.append(f"begin in {pool[1]}")
+
+        def capture_end(self):
+            log.append("end")
+            if "invalid" in log:
+                log.remove("invalid")
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        def replay(self):
+            log.append("replay")
 
     class Stream:
         def wait_stream(self, other):
@@ -260,9 +297,16 @@ def streams(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    fakes = {"Stream": Stream, "current_stream": Stream, "stream": entered, "graph": entered, "device": device}
+    fakes = {
+        "Stream": Stream, "current_stream": Stream, "stream": entered, "graph": entered, "device": device,
+        "current_device": lambda: 1,
+    }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("endAllocateToPool", "releasePool"):
+        monkeypatch.setattr(
+            torch._C, f"_cuda_{name}", lambda index, pool, name=name: log.append(f"{name} {index} {pool[1]}")
+        )
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)
     return log
 
@@ -273,13 +317,27 @@ def test_capture_ends_whatever_happens(streams):
     del streams[:]
     out, replay = record(lambda: streams.append(f"step, gc {gc.isenabled()}") or "logits")
     assert out == "logits" and gc.isenabled()
-    assert streams == ["on cuda:1", "wait", "pool", "capture_begin", "step, gc False", "capture_end", "wait", "replay"]
+    assert streams == ["on cuda:1", "wait", "begin in 1", "step, gc False", "end", "wait", "replay"]
     replay()
     assert streams.pop() == "replay"
     del streams[:]
     with pytest.raises(ZeroDivisionError):
         record(lambda: 1 / 0)
-    assert streams == ["on cuda:1", "wait", "pool", "capture_begin", "capture_end"] and gc.isenabled()
+    assert streams == ["on cuda:1", "wait", "begin in 1", "end"] and gc.isenabled()
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=("end", "call"))
+def test_a_capture_that_the_driver_gave_up_leaves_its_pool(streams, raises):
+    """As after a call that waits for the device: torch would refuse the pool from then on."""
+    record = CudaGraphRecorder(torch.device("cuda:1"))
+    del streams[:]
+    with pytest.raises(ZeroDivisionError if raises else RuntimeError):
+        record(lambda: streams.append("invalid") or (1 / 0 if raises else "logits"))
+    assert streams == ["on cuda:1", "wait", "begin in 1", "end", "endAllocateToPool 1 1", "releasePool 1 1"]
+    assert gc.isenabled()
+    del streams[:]
+    assert record(lambda: "logits")[0] == "logits"
+    assert streams == ["on cuda:1", "wait", "begin in 4", "end", "wait", "replay"]
 
 
 @pytest.mark.gpu

@@ -14,47 +14,73 @@ from smartkv_ext.cache import SmartKVCache
 # Carries a call out once and returns its result with what carries it out again, on the same memory.
 Recorder = Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Callable[[], None]]]
 
+ERROR_MODE = "thread_local"  # "global": whatever allocates in another thread would fail, and the capture with it
+
 
 class CudaGraphRecorder:
     """Captures a call that has run before, and replays the graph. All graphs share one memory pool: only the newest may
-    be replayed.
+    be replayed. Other threads may use the device meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream()
-            self._keeper = torch.cuda.CUDAGraph()  # a pool whose last graph is gone may not be shared any more
-            with torch.cuda.graph(self._keeper, stream=self._stream):
-                torch.zeros(1, device=device)
+            self._keeper: torch.cuda.CUDAGraph | None = self._new_pool()
+
+    def _new_pool(self) -> torch.cuda.CUDAGraph:
+        """A graph of its own: a pool whose last graph is gone may not be shared any more."""
+        keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(keeper, stream=self._stream, capture_error_mode=ERROR_MODE):
+            torch.zeros(1, device=self._device)
+        return keeper
 
     def __call__(self, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):  # else its current stream, which captures nothing, would take the work
+            if self._keeper is None:
+                self._keeper = self._new_pool()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                out = self._capture(graph, call)
+                out = self._capture(graph, call, self._keeper)
             torch.cuda.current_stream().wait_stream(self._stream)
         graph.replay()  # capturing has launched nothing
         return out, graph.replay
 
-    def _capture(self, graph: torch.cuda.CUDAGraph, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _capture(
+        self, graph: torch.cuda.CUDAGraph, call: Callable[[], torch.Tensor], keeper: torch.cuda.CUDAGraph
+    ) -> torch.Tensor:
         """Not torch.cuda.graph(), which collects garbage and empties the allocator's cache each time."""
         collects = gc.isenabled()
         gc.disable()  # what a collection frees may be what no capture allows
         try:
-            graph.capture_begin(pool=self._keeper.pool())
+            graph.capture_begin(pool=keeper.pool(), capture_error_mode=ERROR_MODE)
             try:
                 out = call()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # it would only say that the capture has failed
-                    graph.capture_end()
+                    self._end(graph, keeper)
                 raise
-            graph.capture_end()
+            self._end(graph, keeper)
         finally:
             if collects:
                 gc.enable()
         return out
+
+    def _end(self, graph: torch.cuda.CUDAGraph, keeper: torch.cuda.CUDAGraph) -> None:
+        """Where the driver has given the capture up, torch raises before it ends allocation to the pool: nothing could
+        be captured with it again, nor memory be freed that several streams have used (torch.cuda.use_mem_pool ends it
+        by the same calls).
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            self._keeper = None
+            with contextlib.suppress(RuntimeError):  # it had ended
+                device = torch.cuda.current_device()
+                torch._C._cuda_endAllocateToPool(device, keeper.pool())
+                torch._C._cuda_releasePool(device, keeper.pool())
+            raise
 
 
 class ReplayedDecoder:
@@ -127,10 +153,10 @@ class ReplayedDecoder:
             logits = self._advance()
         except BaseException:
             self._forget()
-            self._cache.rollback(seen)
-            raise
-        finally:
+            self._cache.rollback(seen)  # where it cannot, it empties the cache and raises: the mark will not fit
             self._mark = self._cache.state_mark
+            raise
+        self._mark = self._cache.state_mark
         self._positions += 1
         return logits
 
