@@ -2,12 +2,13 @@
 # Everything that needs a GPU, in under nine minutes: bench/gpu_day.sh [build|tests|bench|generate|sanitizer]...
 #
 # Without arguments all parts, in this order; one part at a time where time on the GPU is short. Needs torch >= 2.10
-# with CUDA; `build` needs nvcc, ninja and pybind11, `sanitizer` compute-sanitizer. A step that fails or runs out of its
+# with CUDA and the packages below; `build` needs nvcc, `sanitizer` compute-sanitizer. A step that fails or runs out of its
 # time is noted, and the others go on; what rivals need may be missing. Where all parts run, each has to end in time for
 # the next. At the end <date>-<gpu>.json and .md in bench/results hold what all parts so far have left in FOLDER: GPU,
 # versions, commands, times, failures. Where the end does not come, `python -m bench.gpu_report FOLDER` writes them anywhere.
 #   PYTHON  interpreter (python3)            FOLDER  for what the steps print (build/gpu_day)
 #   BUNDLE  a .tar.gz of FOLDER and the results, written after every part: one file to take home (none)
+#           Both are relative to the repository.
 #   MODEL   of `generate`: smollm2, a folder, or "random" (default: the shape of Qwen2.5-1.5B, no download)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +18,7 @@ FOLDER=${FOLDER:-build/gpu_day}
 BUNDLE=${BUNDLE:-}
 MODEL=${MODEL:-random}
 PARTS=(build tests bench generate sanitizer)
+PACKAGES=(torch transformers safetensors numpy yaml typer rich tqdm setuptools ninja pybind11 pytest hypothesis)
 declare -A LATEST=([build]=160 [tests]=230 [bench]=400 [generate]=455 [sanitizer]=510)  # seconds since the start
 TOTAL=510  # without the last report
 end=$TOTAL # of the part that runs
@@ -104,6 +106,9 @@ for part in "${parts[@]}"; do
     exit 2
   }
 done
+check='import sys; from importlib.util import find_spec; missing = [x for x in sys.argv[1:] if not find_spec(x)]; '
+check+='raise SystemExit("missing Python packages: " + " ".join(missing) if missing else 0)'
+"$PYTHON" -c "$check" "${PACKAGES[@]}" || exit 1
 "$PYTHON" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "torch sees no CUDA device here")' || exit 1
 bundle() {
   [ -z "$BUNDLE" ] || tar -czf "$BUNDLE" "$FOLDER" bench/results
@@ -119,5 +124,7 @@ for part in "${parts[@]}"; do
     exit 1
   }
 done
-"$PYTHON" -m bench.gpu_report "$FOLDER"
-bundle
+status=0
+"$PYTHON" -m bench.gpu_report "$FOLDER" || status=$?
+bundle || status=$?
+exit "$status"

@@ -240,6 +240,26 @@ def test_script_says_where_no_gpu_is():
     assert done.returncode == 1 and done.stderr == "torch sees no CUDA device here\n" and done.stdout == ""
 
 
+def test_script_names_packages_that_are_missing(tmp_path):
+    """All at once and first: each would take its part of the time before it failed."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without what is installed
+    python.chmod(0o755)
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"} | {"PYTHON": str(python)}
+    done = subprocess.run([SCRIPT], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"missing Python packages: torch transformers .* hypothesis\n", done.stderr)
+
+
+def test_script_fails_where_nothing_is_reported(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *gpu_report*) echo no GPU >&2; exit 3;; esac\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "FOLDER": str(tmp_path / "out")}
+    done = subprocess.run([SCRIPT, "generate"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 3 and done.stderr == "no GPU\n"
+
+
 def test_steps_that_run_out_of_time_are_noted(tmp_path):
     """An interrupt comes first, so that a step can print what it has; the rest is told that no time is left."""
     python = tmp_path / "python"
