@@ -30,11 +30,15 @@ inline void split_query(const float* q, int head_dim, int64_t row, int64_t rows,
   constexpr bool TWO = MAX_DIGITS == 2;
   const int limit = TWO ? QUERY_DIGIT << QUERY_SHIFT : QUERY_DIGIT;
   const float top = max_magnitude(q, head_dim);
-  const F inverse = splat(top > TINY ? static_cast<float>(limit) / top : 0.0f);
+  const float most = static_cast<float>(limit);
+  const F inverse = splat(top > TINY ? most / top : 0.0f);
   I sum[2] = {splat(0), splat(0)};
   uint8_t* high = reinterpret_cast<uint8_t*>(out.digits) + row * head_dim;
   for (int c = 0; c < head_dim; c += 16) {
-    I x = round_int(load(q + c) * inverse);
+    // Within the limit whatever the query holds: integers must not overflow, and a query that is no
+    // number makes its scale none.
+    const F scaled = vmin(vmax(load(q + c) * inverse, splat(-most)), splat(most));
+    I x = round_int(scaled);
     if constexpr (TWO) {
       const I upper = (x + splat(1 << (QUERY_SHIFT - 1))) >> QUERY_SHIFT;
       const I lower = x - (upper << QUERY_SHIFT);
@@ -49,8 +53,7 @@ inline void split_query(const float* q, int head_dim, int64_t row, int64_t rows,
   out.scale[1][row] = top / static_cast<float>(limit);
   for (int d = 0; d < MAX_DIGITS; ++d) {
     const float total = K_BIASED ? hsum(to_float(sum[d])) : 0.0f;
-    // By way of int64: the digits of a NaN may sum up to anything.
-    out.start[d * rows + row] = static_cast<int32_t>(static_cast<int64_t>(-128.0f * total));
+    out.start[d * rows + row] = static_cast<int32_t>(-128.0f * total);
   }
 }
 
