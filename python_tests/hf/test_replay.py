@@ -363,3 +363,25 @@ def test_cuda_graphs(name):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(torch.stack(got, 1), expected)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_waits_for_the_device_fails_alone():
+    """The driver gives it up; the steps behind it are recorded again."""
+
+    def waits(module, args, output):
+        output.sum().item()
+
+    model = tiny("qwen2", num_hidden_layers=2).to("cuda", torch.bfloat16)
+    ids = prompts(1, 320)[0].to("cuda")
+    with smartkv_ext.patch(model), torch.no_grad():
+        recorder = CudaGraphRecorder(ids.device)
+        decoder, cache = decoder_behind(model, ids, 1, recorder)
+        hook = model.model.layers[1].mlp.register_forward_hook(waits)
+        with pytest.raises(RuntimeError):
+            decoder.step(ids[:, 301:302])
+        hook.remove()
+        assert cache.get_seq_length() == 301
+        got = torch.stack([decoder.step(ids[:, i : i + 1]).clone() for i in range(301, 320)], 1)
+        expected = logits_of(model, decoder_behind(model, ids, 1, recorder)[1], ids, 301)
+    torch.testing.assert_close(got, expected)
