@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <set>
@@ -67,24 +68,32 @@ void compact_long_list(Bytes& bytes) {
   add(bytes, cache.seqlens);
 }
 
-// A cache that overflows in append_kv, and in compact_kv by what falls from other tiers.
+// A cache that overflows in append_kv, and in compact_kv by what falls from other tiers, some of it
+// with the codes of its keys or values as they are: those of a row whose rotation is one channel
+// would be others if they were encoded anew.
 Bytes run_cache() {
-  Dense rows(DType::BFLOAT16, 1, 2, 300, 64);
+  const std::vector<int> kinds = {2, 302, 3, 8, 16};
+  const int num_tiers = static_cast<int>(kinds.size());
+  constexpr int64_t TOKENS = 380;
+  Dense rows(DType::BFLOAT16, 1, 2, TOKENS, 64);
   rows.fill_normal();
-  Cache cache({2, 3, 8, 16}, 1, 2, 64, 1, DType::BFLOAT16, Levels::GAUSSIAN);
-  std::vector<int8_t> tiers(600), targets(8 * PAGE_SIZE);
-  for (int8_t& tier : tiers) tier = static_cast<int8_t>(testing::random_int(-1, 3));
+  for (int64_t i = 0; i < 2 * TOKENS * 64; ++i) {
+    if (i / 64 % 2 == 0) rows.set(i, 30);
+  }
+  Cache cache(kinds, 1, 2, 64, 1, DType::BFLOAT16, Levels::GAUSSIAN);
+  std::vector<int8_t> tiers(2 * TOKENS), targets(2 * num_tiers * PAGE_SIZE);
+  for (int8_t& tier : tiers) tier = static_cast<int8_t>(testing::random_int(-1, num_tiers - 1));
   tiers[7] = 100;  // no such tier
   for (size_t i = 0; i < targets.size(); ++i) {
-    const int tier = static_cast<int>(i / PAGE_SIZE % 4);
-    targets[i] = static_cast<int8_t>(tier > 1 ? testing::random_int(0, tier)
-                                              : testing::random_int(-1, tier));
+    const int tier = static_cast<int>(i / PAGE_SIZE % num_tiers);
+    targets[i] = static_cast<int8_t>(tier > 0 && tier != 3 ? testing::random_int(0, tier)
+                                                           : testing::random_int(-1, tier));
   }
-  const std::vector<int32_t> positions(600, 5);
-  const std::vector<float> scores = testing::normals(600);
-  CUDA.append_kv(
-      {cache.view(), rows.view(), rows.view(), positions.data(), scores.data(), tiers.data(), 300},
-      testing::parallel());
+  const std::vector<int32_t> positions(2 * TOKENS, 5);
+  const std::vector<float> scores = testing::normals(2 * TOKENS);
+  CUDA.append_kv({cache.view(), rows.view(), rows.view(), positions.data(), scores.data(),
+                  tiers.data(), TOKENS},
+                 testing::parallel());
   Bytes bytes;
   for (const auto& pool : cache.pools) add(bytes, pool);
   CUDA.compact_kv({cache.view(), targets.data()}, testing::parallel());
@@ -270,6 +279,7 @@ const std::map<std::string, const char*> EXCUSED = {
 // Seen in one subject is enough.
 std::set<std::string> seen;
 std::map<std::string, std::string> source_at;
+std::filesystem::path kernels;  // folder of their sources
 
 void check_subject(const char* name, Bytes (*run)()) {
   simt::watch_sites();
@@ -282,12 +292,30 @@ void check_subject(const char* name, Bytes (*run)()) {
   for (size_t i = 0; i < sites.size(); ++i) {
     const std::string place = place_of(sites[i]);
     source_at[place] = source_of(sites[i]);
+    kernels = std::filesystem::path(sites[i].path).parent_path();
     if (seen.contains(place)) continue;
     simt::disable_site(static_cast<int>(i));
     if (differs_in_child(run, expected)) seen.insert(place);
     simt::disable_site(-1);
   }
   std::printf("%s: %d places\n", name, static_cast<int>(sites.size()));
+}
+
+// A barrier that no subject comes to is none whose absence would be seen.
+void check_barriers() {
+  int count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(kernels)) {
+    std::ifstream file(entry.path());
+    std::string line;
+    for (unsigned i = 1; std::getline(file, line); ++i) {
+      const auto has = [&](const char* call) { return line.find(call) != std::string::npos; };
+      if (!has("__syncwarp();") && !has("__syncthreads();")) continue;
+      const std::string place = place_of({entry.path().string(), i});
+      CHECK(source_at.contains(place), "no subject comes to %s", place.c_str());
+      ++count;
+    }
+  }
+  CHECK(count > 30, "only %d barriers in %s", count, kernels.c_str());
 }
 
 }  // namespace
@@ -299,6 +327,7 @@ int main() {
   check_subject("attention", run_attention);
   check_subject("wrong values", run_wrong_values);
   check_subject("scores", run_scores);
+  check_barriers();
   std::set<std::string> excused;
   for (const auto& [place, source] : source_at) {
     const bool is_seen = seen.contains(place);
