@@ -31,24 +31,24 @@ class Recipe:
 
     # collect
     length: int = 512  # tokens of a piece; the model sees it twice
-    tokens: int = 32_768  # tokens whose attention is measured, validation included
+    tokens: int = 40_960  # tokens whose attention is measured, validation included
     keep: float = 1.0  # share of them that is stored
     values: bool = False  # store values too, for gates that look at both
     hidden: bool = False  # store hidden states too: they are large, and only the KVzap-style rival needs them
 
     # train
     kind: str = "compact"  # compact, regression or binary
-    target: str = "recon_max"  # of training.targets
+    target: str = "recon_sum"  # of training.targets
     weighted: bool = False  # add log value_norm to the target
     inputs: str = "key"  # key or key_value
     hidden_size: int | None = None  # None: as the kind says
     horizon: int = 256  # binary, and what gates are evaluated on: attention from queries more than so much later ...
     threshold: float = 0.03  # ... with more than this probability
     loss: str = "mse"  # mse or huber, of regression and compact
-    epochs: int = 20
+    epochs: int = 15
     batch: int = 512  # tokens, of each head
     learning_rate: float = 5e-3
-    patience: int = 4  # epochs without a better validation loss
+    patience: int = 4  # epochs without a better validation
 
     def __post_init__(self) -> None:
         for f in fields(self):

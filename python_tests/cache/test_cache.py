@@ -276,7 +276,7 @@ def test_a_failed_step_leaves_the_cache_as_it_was():
         cache = SmartKVCache(model.config, budget="200kB", policy="full", window=16, tiers=("K4V3",))
         model(ids[:, :100], past_key_values=cache)
         before = copy.deepcopy(cache)
-        with pytest.raises(ValueError, match=r"budget is too small for policy 'full'.* at K4V3 bits"):
+        with pytest.raises(ValueError, match=r"budget is too small for .* at K4V3 bits .*, allow a lower tier,"):
             model(ids[:, 100:], past_key_values=cache)
         assert cache.get_seq_length() == 100
         assert {layer.seen for layer in cache.layers} == {100}

@@ -87,6 +87,7 @@ def test_what_cannot_be_is_said_in_one_line(recipe, tmp_path):
     for arguments, code, sentence in (
         (("collect", "--recipe", recipe, "--out", shards), 1, "holds shards of another recipe"),
         (("collect", "--recipe", recipe, "--out", tmp_path / "s", "--text", "/no"), 1, "'/no' does not exist"),
+        (("train", "--small", "--recipe", recipe), 2, "--small is a recipe of its own"),
         (("collect", "--recipe", "/nowhere.yaml", "--out", shards), 2, "'/nowhere.yaml' does not exist"),
         (("evaluate", "--gates", "/nowhere", "--data", shards, "--out", shards), 1, "'/nowhere' does not exist"),
         (("export", "--gates", tmp_path, "--out", shards), 1, "has no smartkv_config.json"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from smartkv_ext.gates import Gates
+from smartkv_ext.gates.lookup import FOLDER
 from training import collect, targets
 from training.collect import collect_shards, plan
 from training.dataset import TokenSet
@@ -320,6 +321,15 @@ def test_gates_of_keys_and_values(recipe, shards, tmp_path):
     assert 3 * made.info["tokens"] == 9 * some.info["tokens"]
 
 
+def test_only_gates_of_the_package_must_be_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.export.MAX_BYTES", 100_000)
+    gates = FOLDER / "smollm2-135m-instruct"
+    assert export_gates(gates, tmp_path / "own").num_bytes > 100_000
+    monkeypatch.setattr("training.export.FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="at most 100,000 bytes to ship"):
+        export_gates(gates, tmp_path / "shipped")
+
+
 def test_decay_is_found_again(shards, monkeypatch):
     tokens = TokenSet.load(shards, "train", ["future_sum_32", "future_sum_256"])
     tokens.length, tokens.positions = 1024, torch.full_like(tokens.positions, 24)
@@ -341,6 +351,7 @@ def test_attention_shares_add_up(recipe, tmp_path):
 def test_recipes_say_what_is_wrong(tmp_path):
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     assert len(names) == 10 and all(plan(Recipe.load(collect.Path(name))) for name in names)
+    assert Recipe.load(collect.Path("small")) == Recipe(), "what a recipe leaves out is as in the small one"
     base, other = (Recipe.load(collect.Path(name)) for name in ("qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b-binary"))
     assert other.kind == "binary" and other.data() == base.data(), "trained on the same shards"
     for text, sentence in (
@@ -355,7 +366,7 @@ def test_recipes_say_what_is_wrong(tmp_path):
         ("learning_rate: 0", "learning_rate must be above 0; got 0"),
         ("threshold: 0", r"threshold must lie in \(0, 1\); got 0"),
         ("target: recon_summ", "target must be one of recon_max, .*; got 'recon_summ'"),
-        ("kind: binary", "target of binary gates must be future_max_256, as their horizon says; got 'recon_max'"),
+        ("kind: binary", "target of binary gates must be future_max_256, as their horizon says; got 'recon_sum'"),
         ("{kind: binary, target: future_max_256, horizon: 32}", "must be future_max_32, .*; got 'future_max_256'"),
         ("horizon: 100", "horizon must be one of 32, 256; got 100"),
     ):

@@ -8,7 +8,7 @@ import torch
 
 from smartkv_ext import ops
 from smartkv_ext.policies import RecordView, TokenView
-from smartkv_ext.reference.layout import PAGE_SIZE, tier_name
+from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, tier_name
 
 from .config import KEY_SCORE, UNLIMITED
 from .layer import SmartKVLayer
@@ -199,11 +199,12 @@ def _select(layer: SmartKVLayer, scores: torch.Tensor, current: torch.Tensor, bu
     tiers = ops.select_kv(scores, current, budgets, page_bytes, quant.loss, evict_distortion)
     if not policy.evicts and bool(((tiers < 0) & (current >= 0)).any()):
         pages = (current >= 0).sum(-1).add(PAGE_SIZE - 1).div(PAGE_SIZE, rounding_mode="floor").sum(-1)
+        lower = ", allow a lower tier" if quant.tiers[0] > TIERS[0] else ""
         raise ValueError(
             f"budget is too small for policy {policy.name!r}, which keeps every token: at "
             f"{tier_name(quant.tiers[0])} bits the pages of layer {layer.layer_idx} need "
-            f"{page_bytes[0] * int(pages.max()):,} bytes and may use {int(budgets.min()):,}; raise the budget, allow a "
-            "lower tier, or choose a policy that evicts"
+            f"{page_bytes[0] * int(pages.max()):,} bytes and may use {int(budgets.min()):,}; raise the "
+            f"budget{lower}, or choose a policy that evicts"
         )
     return tiers
 

@@ -34,7 +34,7 @@ Tiers = Annotated[
         "2 as well under a policy that evicts nothing."
     ),
 ]
-Window = Annotated[int, typer.Option(help="Newest tokens, never packed.")]
+Window = Annotated[int, typer.Option(help="Newest tokens, never packed; fewer under a small budget.")]
 Sinks = Annotated[int, typer.Option(help="First tokens, never packed.")]
 Scope = Annotated[str, typer.Option(help="Who decides about a token: head, layer or global.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]

@@ -100,7 +100,9 @@ def train(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect, train, evaluate and export gates for a model. Goes on where it was stopped."""
-    chosen = read_recipe(Path("small") if small else recipe, model, text)
+    if small and recipe != Path("small"):
+        raise UsageError(f"--small is a recipe of its own: name either it or --recipe {recipe}")
+    chosen = read_recipe(recipe, model, text)
     folder = out or Path("runs") / Path(chosen.model).name
     with told(), resumable():
         result = step("pipeline").run(chosen, folder)
@@ -113,7 +115,7 @@ def train(
     typer.echo(
         f"{result['parameters']:,} parameters; median over heads: AUC {result.get('auc', float('nan')):.3f}{between}, "
         f"R2 {result.get('r2', float('nan')):.3f}; {took}\nUse them: a policy file that holds "
-        f'{{"name": "gate", "gates": "{result["gates"]}"}}\n'
+        f'{{"name": "auto", "gates": "{result["gates"]}"}}\n'
         "These gates treat every layer the same. To measure the layer shares and add them, run next:\n"
         + shlex.join(["python", "-m", "training.layer_shares", "--model", chosen.model, "--gates", result["gates"]])
     )
