@@ -27,7 +27,7 @@ def export_gates(folder: Path, out: Path, name: str | None = None) -> Gates:
     gates.info = kept | {"base_model": name or Path(str(gates.info.get("base_model"))).name}
     gates.save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir())
-    if out.resolve().parent == FOLDER and size > MAX_BYTES:
+    if out.resolve().parent == FOLDER.resolve() and size > MAX_BYTES:
         raise ValueError(f"gates must take at most {MAX_BYTES:,} bytes to ship; {str(out)!r} takes {size:,}")
     again = Gates.from_pretrained(out)
     shape = gates.model.num_layers, 1, gates.model.num_kv_heads, 8, gates.model.head_dim
