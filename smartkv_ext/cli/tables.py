@@ -44,7 +44,9 @@ def answer_table(small: Answer, full: Answer | None, dtype: str) -> Table:
     table.add_row("policy", report["policy"])
     for tier, count in report["tokens_per_tier"].items():
         if count:
-            table.add_row(NAMES.get(tier, f"tokens at {tier} bits"), f"{count:,.1f}")
+            table.add_row(
+                NAMES.get(tier, f"tokens at {tier} bits" if tier.isdigit() else f"tokens at {tier}"), f"{count:,.1f}"
+            )
     if whole:
         table.add_row("tokens held whole", "", f"{whole['tokens_seen']:,}", f"{whole['tokens_seen']:,}")
     table.add_section()
