@@ -127,7 +127,7 @@ inline void multiply_v(const SectionCodec& codec, CodeStream stream, const float
   }
 }
 
-// Calls body with bits and the number of rows of a block as compile-time constants.
+// Calls body with the number of rows of a block as a compile-time constant.
 template <class Body>
 SMARTKV_INLINE void with_rows(int rows, const Body& body) {
   switch (rows) {
@@ -139,20 +139,6 @@ SMARTKV_INLINE void with_rows(int rows, const Body& body) {
       return body.template operator()<3>();
     default:
       return body.template operator()<4>();
-  }
-}
-
-template <class Body>
-SMARTKV_INLINE void with_bits(int bits, const Body& body) {
-  switch (bits) {
-    case 2:
-      return body.template operator()<2>();
-    case 3:
-      return body.template operator()<3>();
-    case 4:
-      return body.template operator()<4>();
-    default:
-      return body.template operator()<8>();
   }
 }
 

@@ -90,20 +90,26 @@ SMARTKV_INLINE void with_head_dim(int head_dim, const Body& body) {
   }
 }
 
+// Calls body<BITS>() for codes.
+template <class Body>
+SMARTKV_INLINE void with_bits(int bits, const Body& body) {
+  switch (bits) {
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    case 4:
+      return body.template operator()<4>();
+    default:
+      return body.template operator()<8>();
+  }
+}
+
 // Calls body<BITS, HEAD_DIM>() for a section of codes.
 template <class Body>
 SMARTKV_INLINE void with_section(int bits, int head_dim, const Body& body) {
   with_head_dim(head_dim, [&]<int HEAD_DIM>() {
-    switch (bits) {
-      case 2:
-        return body.template operator()<2, HEAD_DIM>();
-      case 3:
-        return body.template operator()<3, HEAD_DIM>();
-      case 4:
-        return body.template operator()<4, HEAD_DIM>();
-      default:
-        return body.template operator()<8, HEAD_DIM>();
-    }
+    with_bits(bits, [&]<int BITS>() { body.template operator()<BITS, HEAD_DIM>(); });
   });
 }
 
