@@ -22,6 +22,7 @@ from bench.output import show
 from bench.quantizers import KEYS, VALUES, Calibration, Tensors, is_offered
 from smartkv_ext.eval.recording import Recording, record
 from smartkv_ext.eval.tasks.options import first_tokens, language_reference, read_text
+from smartkv_ext.gates import LayerBasis, ModelFacts, find_shipped_gates
 from smartkv_ext.hf import patch
 from smartkv_ext.hf.patching import attention_modules
 
@@ -34,10 +35,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
-def calibrate(layer: Any, bias: torch.Tensor) -> Calibration:
+def calibrate(layer: Any, bias: torch.Tensor, basis: LayerBasis) -> Calibration:
     """Mean key and maps of another text."""
     q, k = layer.q[0], layer.k[0]
-    return Calibration(k.float().mean(1), full_map(q, k), pair_map(q, k), bias)
+    return Calibration(k.float().mean(1), full_map(q, k), pair_map(q, k), bias, basis)
 
 
 def rotary(model: Any, length: int) -> Any:
@@ -55,16 +56,19 @@ def rotary(model: Any, length: int) -> Any:
 def layers(model: Any, test: Recording, calibration: Recording, every: int) -> list[Tensors]:
     """float32 tensors of every third layer, say."""
     turn = rotary(model, test.num_tokens)
+    gates = find_shipped_gates(ModelFacts.from_config(model.config))
+    shipped = None if gates is None else gates.basis
+    parts = list(zip(attention_modules(model), test.layers, calibration.layers, strict=True))
     out = []
-    for module, here, other in list(zip(attention_modules(model), test.layers, calibration.layers, strict=True))[
-        ::every
-    ]:
+    for i in range(0, len(parts), every):
+        module, here, other = parts[i]
         found: Any = module
         heads, head_dim = here.k.shape[1], here.k.shape[3]
         bias = found.k_proj.bias
         bias = torch.zeros(heads, head_dim) if bias is None else bias.detach().float().view(heads, head_dim)
-        parts = (here.q.float(), here.k.float(), here.v.float(), here.pre_rope.float())
-        out.append(Tensors(*parts, calibrate(other, bias), turn))
+        basis = LayerBasis() if shipped is None else shipped.of_layer(i, bias.device, 0, heads)
+        tensors = (here.q.float(), here.k.float(), here.v.float(), here.pre_rope.float())
+        out.append(Tensors(*tensors, calibrate(other, bias, basis), turn))
     return out
 
 

@@ -15,6 +15,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from bench.key_maps import full_map, pair_map, through
 from smartkv_ext.eval.simulated import affine
+from smartkv_ext.gates import LayerBasis
 from smartkv_ext.reference.hadamard import rotate
 from smartkv_ext.reference.levels import gaussian_unit, level_table
 from smartkv_ext.reference.quantizer import FITS, K_FIT, V_FIT, decode, encode
@@ -26,12 +27,14 @@ FP16 = 16
 @dataclass
 class Calibration:
     """What another text has taught, per KV head: mean key (heads, head_dim), a full map and one of channel pairs
-    (heads, head_dim, head_dim; ``key_maps``), the known bias of the key projection (heads, head_dim)."""
+    (heads, head_dim, head_dim; ``key_maps``), the known bias of the key projection (heads, head_dim); and what comes
+    with the package."""
 
     mean: torch.Tensor
     key_map: torch.Tensor
     pair_map: torch.Tensor
     bias: torch.Tensor
+    basis: LayerBasis  # the shipped one, or the model's own
 
 
 @dataclass
@@ -159,6 +162,12 @@ def of_prompt(layer: Tensors, make: Callable[[torch.Tensor, torch.Tensor], torch
     return make(layer.q[0, :, :-judged], layer.k[0, :, :-judged])
 
 
+def in_basis(layer: Tensors, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, float]]) -> Any:
+    """In the basis of the package, less the text's own mean: what a SmartKVCache does."""
+    back, bits = shifted(layer.calibration.basis.keys(layer.k), quantize)
+    return layer.calibration.basis.model_keys(back), bits
+
+
 def own_mean(k: torch.Tensor, key_map: torch.Tensor, bits: int, steps: int = 0, fit: str = "least_squares") -> Any:
     """Keys less the text's own mean, mapped, as the ops encode them."""
     return shifted(k, lambda x: through(x, key_map, lambda y: refined(y, bits, steps, fit)))
@@ -193,6 +202,7 @@ KEYS: dict[str, Quantizer] = {
     "mean, H, clip searched g32": lambda t, b: shifted(t.k, lambda x: _turned(x, b, clipped)),
     "mean, H, uniform": lambda t, b: shifted(t.k, lambda x: codebook(x, b, levels="uniform")),
     "ours: mean, H, codebook": lambda t, b: shifted(t.k, lambda x: codebook(x, b)),
+    "ours, shipped key basis": lambda t, b: in_basis(t, lambda x: codebook(x, b)),
     "ours, norm kept": lambda t, b: shifted(t.k, lambda x: refined(x, b, 0, "norm")),
     "ours, unbiased": lambda t, b: shifted(t.k, lambda x: refined(x, b, 0, "unbiased")),
     "ours, scale refined once": lambda t, b: shifted(t.k, lambda x: refined(x, b, 1)),

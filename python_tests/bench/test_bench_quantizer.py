@@ -10,6 +10,7 @@ from bench.quantizers import KEYS, VALUES, is_offered, page_means, refined
 from python_tests.hf.tiny import prompts, tiny
 from smartkv_ext import ops
 from smartkv_ext.eval.recording import record
+from smartkv_ext.gates import LayerBasis
 from smartkv_ext.hf import patch
 
 
@@ -77,7 +78,7 @@ def test_calibrated_map_balances_queries_and_keys():
     torch.manual_seed(0)
     shape = torch.randn(64, 64)
     layer = type("L", (), {"k": torch.randn(1, 1, 4000, 64) @ shape, "q": torch.randn(1, 2, 4000, 64) * 2})
-    a = calibrate(layer, torch.zeros(1, 64)).key_map[0].double()
+    a = calibrate(layer, torch.zeros(1, 64), LayerBasis()).key_map[0].double()
     k, q = layer.k[0, 0].double(), layer.q[0].flatten(0, 1).double()
     keys = a @ (k.T @ k / 4000) @ a.T
     queries = torch.linalg.inv(a).T @ (q.T @ q / 8000) @ torch.linalg.inv(a)

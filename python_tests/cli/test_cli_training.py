@@ -12,7 +12,7 @@ from cli_runner import DOCUMENT, call
 from typer.testing import CliRunner
 
 from smartkv_ext.gates import Gates
-from training import layer_shares
+from training import key_basis, layer_shares
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,17 @@ def test_train_leads_to_gates_that_the_other_commands_take(recipe, tmp_path):
     assert result.exit_code == 0 and (tmp_path / "x" / "heads.csv").is_file()
 
 
-def test_train_says_how_to_measure_layer_shares(recipe, tmp_path):
+def test_train_says_how_to_measure_key_basis_and_layer_shares(recipe, tmp_path):
     result = call("train", "--recipe", recipe, "--out", tmp_path / "a run")
     assert result.exit_code == 0, result.output
-    words = shlex.split(result.stdout.splitlines()[-1])
+    first, words = (shlex.split(line) for line in result.stdout.splitlines()[-2:])
+    assert first[:3] == ["python", "-m", "training.key_basis"]
+    basis = typer.Typer()
+    basis.command()(key_basis.main)
+    measured = CliRunner().invoke(basis, [*first[3:], "--pieces", "2", "--tokens", "200"])
+    assert measured.exit_code == 0, measured.output
+    gates = Gates.from_pretrained(tmp_path / "a run" / "gates")
+    assert gates.basis is not None and json.loads(measured.stdout.splitlines()[-1])["strength"] == 0.5
     assert words[:3] == ["python", "-m", "training.layer_shares"]
     steps = typer.Typer()
     steps.command()(layer_shares.main)
@@ -68,6 +75,7 @@ def test_train_says_how_to_measure_layer_shares(recipe, tmp_path):
     assert Gates.from_pretrained(tmp_path / "a run" / "gates").layer_shares.tolist() == pytest.approx(
         json.loads(measured.stdout.splitlines()[-1])["shares"]
     )
+    assert Gates.from_pretrained(tmp_path / "a run" / "gates").basis is not None, "one step keeps what the other wrote"
     assert CliRunner().invoke(steps, []).exit_code == 2, "nowhere to write to"
 
 

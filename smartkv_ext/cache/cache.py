@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from smartkv_ext.quant import Budget
 
 from . import serialize
 from .arrivals import score_arrivals
+from .basis import find_key_basis
 from .clock import StepClock
 from .compress import compress
 from .config import CacheConfig, ModelGeometry, inverse_frequencies
@@ -43,6 +45,9 @@ class SmartKVCache(Cache):
         mean_shift: subtract each head's mean key before quantising (exact, and needed by models with key biases).
         precision: "auto", "fp32", "int16" or "int8": of queries and probabilities where they meet codes, see
             ops.decode_attention.
+        key_basis: the basis in which keys are held, measured on the model's queries and keys (``gates.KeyBasis``), in
+            which their quantisation costs less. True: that of the policy's gates, or of those in the package for the
+            model, if there is one; False: none; a folder or hub id of gates that have one.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted.
@@ -62,14 +67,18 @@ class SmartKVCache(Cache):
         levels: str = "gaussian",
         mean_shift: bool = True,
         precision: str = "auto",
+        key_basis: bool | str | Path = True,
     ) -> None:
+        geometry = ModelGeometry.from_config(config)
+        chosen = get_policy(policy).for_model(config)
+        self._basis_of = find_key_basis(key_basis, chosen, config)
+        self._basis_is_named = not isinstance(key_basis, bool)
         self.smartkv_config = CacheConfig.create(
-            ModelGeometry.from_config(config), inverse_frequencies(config), budget=budget,
-            policy=get_policy(policy).for_model(config), tiers=tiers,
-            sinks=sinks, window=window, scope=scope, levels=levels, mean_shift=mean_shift,
-            precision=precision,
+            geometry, inverse_frequencies(config), budget=budget,
+            policy=chosen, tiers=tiers, sinks=sinks, window=window, scope=scope, levels=levels, mean_shift=mean_shift,
+            precision=precision, key_basis=None if self._basis_of is None else self._basis_of.basis,
         )  # fmt: skip
-        num_layers = self.smartkv_config.geometry.num_layers
+        num_layers = geometry.num_layers
         self.clock = StepClock(num_layers)
         self._is_recorded = False
         super().__init__(layers=[SmartKVLayer(self.smartkv_config, i, self.clock) for i in range(num_layers)])
@@ -93,6 +102,30 @@ class SmartKVCache(Cache):
         for layer in self.layers:
             layer.crop(max_length)
         self._pack_if_due(force_recorded=True)
+
+    def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
+        """Before a forward of a model with this ``gates.key_sketch``: a model of the same shape that is not the one
+        that gates and key basis were measured on gets what a model without them gets.
+
+        Raises ValueError where they were asked for by name.
+        """
+        self.smartkv_config.policy.check_keys(sketch)
+        owner = self._basis_of
+        if owner is None or owner.sketch is None or self.layers[0].seen or (found := sketch()) is None:
+            return
+        try:
+            owner.check_sketch(found)
+        except ValueError:
+            if self._basis_is_named:
+                raise
+            self._basis_of = None
+            self.configure(replace(self.smartkv_config, key_basis=None))
+
+    def configure(self, config: CacheConfig) -> None:
+        """Take another configuration, before the first token."""
+        self.smartkv_config = config
+        for layer in self.layers:
+            layer.config = config
 
     # -- compression -----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -101,6 +102,7 @@ def _refresh(layer: SmartKVLayer, softmax_scale: float) -> tuple[torch.Tensor, t
     if policy.prefill_queries and layer.queries is not None:
         _, lse, mass, _ = layer.attend(layer.queries, softmax_scale, return_mass=True)
         mass = mass.flatten(2)
+        lse = layer.basis.model_lse(lse, layer.queries, softmax_scale)
     received = layer.received_by_records() if meter.names else None
     recent = meter.spread(RECENT, store) * layer.recent_scale() if RECENT in meter.names else None
     records = RecordView(
@@ -115,7 +117,7 @@ def _refresh(layer: SmartKVLayer, softmax_scale: float) -> tuple[torch.Tensor, t
         seen=layer.seen,
         row_tokens=layer.row_tokens,
         head_offset=layer.head_offset,
-        key_norms=store.key_norms,
+        key_norms=partial(_key_norms, layer),
         state=layer.state,
     )
     scores = policy.refresh(records).float()
@@ -131,7 +133,7 @@ def _token_view(layer: SmartKVLayer, softmax_scale: float, lse: torch.Tensor | N
     return TokenView(
         layer_idx=layer.layer_idx,
         num_layers=layer.config.geometry.num_layers,
-        keys=window.held("k"),
+        keys=layer.basis.model_keys(window.held("k")),
         values=window.held("v"),
         pre_rope_keys=window.held("pre_rope") if policy.needs_pre_rope_keys else None,
         positions=window.held_positions(),
@@ -148,6 +150,13 @@ def _token_view(layer: SmartKVLayer, softmax_scale: float, lse: torch.Tensor | N
         inv_freq=torch.tensor(inv_freq, device=layer.device) if inv_freq else None,
         key_scores=window.held(KEY_SCORE)[..., 0] if policy.scores_keys else None,
     )
+
+
+def _key_norms(layer: SmartKVLayer) -> torch.Tensor:
+    """(batch, num_kv_heads, slots of all tiers) float32 L2 norms of the packed keys as their codes give them."""
+    keys = layer.basis.model_keys(layer.store.dequantize()[0])
+    norms: torch.Tensor = torch.linalg.vector_norm(keys, dim=-1)
+    return norms
 
 
 def _mean_key(layer: SmartKVLayer) -> torch.Tensor:

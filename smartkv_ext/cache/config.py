@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from smartkv_ext.gates import KeyBasis
 from smartkv_ext.policies import Policy, get_policy
 from smartkv_ext.quant import Budget, QuantSpec, default_tiers, parse_budget
 from smartkv_ext.reference.layout import HEAD_DIMS, PAGE_SIZE
@@ -86,12 +87,13 @@ class CacheConfig:
     precision: str
     geometry: ModelGeometry
     inv_freq: tuple[float, ...] = ()  # RoPE angles per position of the channel pairs, for policies that look ahead
+    key_basis: KeyBasis | None = None  # in which keys are held
 
     @classmethod
     def create(
         cls, geometry: ModelGeometry, inv_freq: tuple[float, ...], *, budget: float | str | Budget | None,
         policy: str | Policy, tiers: Sequence[int | str] | None, sinks: int, window: int, scope: str, levels: str,
-        mean_shift: bool, precision: str,
+        mean_shift: bool, precision: str, key_basis: KeyBasis | None,
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
         if scope not in SCOPES:
@@ -119,6 +121,7 @@ class CacheConfig:
             precision=precision,
             geometry=geometry,
             inv_freq=inv_freq,
+            key_basis=key_basis,
         )
         config.check_budget(torch.bfloat16.itemsize, batch=1)
         return config

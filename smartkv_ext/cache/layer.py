@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from smartkv_ext import ops
+from smartkv_ext.gates import LayerBasis
 
 from .clock import POSITION, StepClock
 from .config import KEY_SCORE, CacheConfig
@@ -16,6 +17,7 @@ from .meter import RECEIVED, RECENT, AttentionMeter
 from .store import PagedStore
 from .window import DenseWindow
 
+OWN_BASIS = LayerBasis()
 MAX_DEFERRED = 8  # tokens of a forward that may wait for its end: fewer than any window, so they are not packed before
 
 
@@ -71,6 +73,12 @@ class SmartKVLayer(CacheLayerMixin):
     def row_tokens(self, counts: torch.Tensor) -> None:
         self._rows, self._uncounted = counts, 0
 
+    @property
+    def basis(self) -> LayerBasis:
+        """The basis in which window and store hold keys."""
+        found, heads = self.config.key_basis, self.window.shape[1]
+        return OWN_BASIS if found is None else found.of_layer(self.layer_idx, self.device, self.head_offset, heads)
+
     # -- transformers protocol -------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
@@ -105,18 +113,8 @@ class SmartKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             with torch.inference_mode(False):  # the cache outlives an inference-mode prefill
                 self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
+        self.window.check(key_states, value_states)
         return key_states, value_states
-
-    def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        batch, heads, _, head_dim = self.window.shape
-        expected = (batch, heads, k.shape[2], head_dim)
-        for name, x in (("key_states", k), ("value_states", v)):
-            if x.shape != expected or x.dtype != self.dtype or x.device != self.device:
-                raise ValueError(
-                    f"{name} must be {expected} {self.dtype} on {self.device}, as the cache began; "
-                    f"got {tuple(x.shape)} {x.dtype} on {x.device}"
-                )
 
     def get_seq_length(self, *args: Any) -> int:
         """Logical length, never the number of tokens kept: transformers derives positions and masks from it."""
@@ -235,7 +233,7 @@ class SmartKVLayer(CacheLayerMixin):
         if self.recording and self.uncommitted:
             self.recording = False
         self.uncommitted = self.recording
-        new = {"k": k, "v": v}
+        new = {"k": self.basis.keys(k), "v": v}
         if self.config.policy.needs_pre_rope_keys:
             if pre_rope is None:
                 raise RuntimeError(f"policy {self.config.policy.name!r} needs pre-RoPE keys and the model gave none")
@@ -276,11 +274,12 @@ class SmartKVLayer(CacheLayerMixin):
     def attend(
         self, q: torch.Tensor, softmax_scale: float, return_mass: bool = False, q_start: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Attention of q_len queries (default: the newest) over everything held; see ops.decode_attention."""
+        """Attention of q_len queries (default: the newest) over everything held; see ops.decode_attention. The
+        log-sum-exp is that of scores in the basis."""
         buffers, store = self.window.buffers, self.store
         start = self.clock.entry(self.device, POSITION, self.seen - q.shape[2] if q_start is None else q_start)
         return ops.decode_attention(
-            q, store.pools, store.block_table, store.cache_seqlens, store.k_mean,
+            self.basis.queries(q), store.pools, store.block_table, store.cache_seqlens, store.k_mean,
             buffers["k"], buffers["v"], self.window.positions,
             start, self.config.quant.tiers, self.config.quant.levels, softmax_scale,
             self.sliding_window, return_mass, self.config.precision,
@@ -338,8 +337,8 @@ class SmartKVLayer(CacheLayerMixin):
     def measure_prefill(self, q: torch.Tensor, softmax_scale: float) -> None:
         """What attend_new measures, for the first tokens, whose attention another function has computed."""
         for part, q_start, names in self._measured_parts(q) if self.meter.names else ():
-            keys, positions = self.window.held("k"), self.window.held_positions()
-            mass = ops.attention_mass(part, keys, positions, q_start, softmax_scale, self.sliding_window)
+            q, keys, positions = self.basis.queries(part), self.window.held("k"), self.window.held_positions()
+            mass = ops.attention_mass(q, keys, positions, q_start, softmax_scale, self.sliding_window)
             for name in names:
                 self.window.held(name)[..., 0] += mass
 

@@ -23,7 +23,7 @@ class CacheReport:
     tokens_per_tier: dict[str, float]  # mean over layers, KV heads and sequences
     batch_size: int
     policy: str = ""  # its title: what "auto" chose, for one
-    shared_bytes: int = 0  # gate weights, once per process whatever the number of caches: not in total_bytes
+    shared_bytes: int = 0  # gate weights and key basis, once per process for all caches: not in total_bytes
 
     @property
     def ratio(self) -> float:
@@ -41,7 +41,8 @@ class CacheReport:
         ]
         lines += [f"  {name:<16}{size:>14,}" for name, size in self.parts.items() if size]
         if self.shared_bytes:
-            lines.append(f"  {'gate weights':<16}{self.shared_bytes:>14,}  shared by all caches, not counted above")
+            what = "gate weights and key basis, shared by all caches, not counted above"
+            lines.append(f"  {'shared':<16}{self.shared_bytes:>14,}  {what}")
         if self.policy:
             lines.append(f"  policy          {self.policy}")
         kept = ", ".join(f"{name}: {count:.1f}" for name, count in self.tokens_per_tier.items() if count)
@@ -104,5 +105,6 @@ def report(layers: list[SmartKVLayer]) -> CacheReport:
             kept[name] = kept.get(name, 0.0) + count * share
     kept["evicted"] = max(sum(rows) * share - sum(kept.values()), 0.0)
     longest = int(max(layer.row_tokens.max() for layer in active))
-    policy = first.config.policy
-    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch, policy.title, policy.shared_bytes)
+    policy, basis = first.config.policy, first.config.key_basis
+    shared = policy.shared_bytes + (0 if basis is None else basis.num_bytes)
+    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch, policy.title, shared)

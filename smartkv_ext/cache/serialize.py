@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from smartkv_ext.gates import KeyBasis
 from smartkv_ext.policies import POLICIES, get_policy
 from smartkv_ext.quant import Budget, QuantSpec
 from smartkv_ext.reference.layout import PAGE_FORMAT_VERSION
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .cache import SmartKVCache
     from .layer import SmartKVLayer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2 knows no key basis
 _LAYER_FIELDS = (
     "seen", "head_offset", "capacity", "recording", "uncommitted", "lost_until", "softmax_scale", "recent_count",
 )  # fmt: skip
@@ -50,6 +51,8 @@ def save(cache: SmartKVCache, path: Path) -> None:
         "layers": [_layer_header(layer) for layer in cache.layers],
     }
     tensors = {f"{i}.{name}": x for i, layer in enumerate(cache.layers) for name, x in _layer_tensors(layer).items()}
+    if config.key_basis is not None:
+        tensors["key_basis"] = config.key_basis.packed
     partial = path.with_name(path.name + ".partial")
     save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"smartkv_cache": json.dumps(header)})
     os.replace(partial, path)
@@ -86,7 +89,7 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     # Version 2 of the page format has tiers that version 1 lacks; pages of the others are the same.
-    readable = {"format_version": [FORMAT_VERSION], "page_format_version": list(range(1, PAGE_FORMAT_VERSION + 1))}
+    readable = {"format_version": [2, FORMAT_VERSION], "page_format_version": list(range(1, PAGE_FORMAT_VERSION + 1))}
     for name, known in readable.items():
         if header.get(name) not in known:
             raise ValueError(
@@ -96,9 +99,9 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
     saved = header["geometry"] | {"sliding_windows": tuple(header["geometry"]["sliding_windows"])}
     if ModelGeometry(**saved) != geometry:
         raise ValueError(f"{path} belongs to another model: it holds {ModelGeometry(**saved)}, config is {geometry}")
-    cache = cls(config, budget=None)
+    cache = cls(config, budget=None, key_basis=False)
     quant = header["quant"] | {"tiers": tuple(header["quant"]["tiers"])}
-    cache.smartkv_config = CacheConfig(
+    held = CacheConfig(
         budget=Budget(**header["budget"]),
         policy=get_policy(header["policy"]).for_model(config),
         quant=QuantSpec(**quant),
@@ -108,9 +111,10 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
         precision=header.get("precision", "auto"),
         geometry=geometry,
         inv_freq=cache.smartkv_config.inv_freq,
+        key_basis=KeyBasis(tensors["key_basis"]) if "key_basis" in tensors else None,
     )
+    cache.configure(held)
     for i, (layer, fields) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-        layer.config = cache.smartkv_config
         if fields is not None:
             prefix = f"{i}."
             _restore(layer, fields, {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)})

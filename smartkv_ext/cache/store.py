@@ -67,11 +67,6 @@ class PagedStore:
             parts.append(view[ids] if len(pool) else view.new_zeros(shape))
         return torch.stack(parts, 2).flatten(3)
 
-    def key_norms(self) -> torch.Tensor:
-        """(batch, num_kv_heads, slots of all tiers) float32 L2 norms of the keys as their codes give them."""
-        norms: torch.Tensor = torch.linalg.vector_norm(self.dequantize()[0], dim=-1)
-        return norms
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values (batch, num_kv_heads, slots, head_dim) and positions (batch, num_kv_heads, slots) of all tiers.
 

@@ -42,6 +42,17 @@ class DenseWindow:
         """View (batch, used) int32: logical index, -1 where the slot holds no token."""
         return self.positions[:, : self.used]
 
+    def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Raise ValueError for new keys or values (batch, num_kv_heads, q_len, head_dim) unlike those held."""
+        batch, heads, _, head_dim = self.shape
+        expected, held = (batch, heads, k.shape[2], head_dim), self.buffers["k"]
+        for name, x in (("key_states", k), ("value_states", v)):
+            if x.shape != expected or x.dtype != held.dtype or x.device != held.device:
+                raise ValueError(
+                    f"{name} must be {expected} {held.dtype} on {held.device}, as the cache began; "
+                    f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+                )
+
     def append(self, new: dict[str, torch.Tensor], start: int, valid: torch.Tensor | None) -> None:
         """Add q_len tokens at positions start, start + 1, ...; ``valid`` (batch, q_len) False marks padding."""
         q_len = new["k"].shape[2]

@@ -111,13 +111,17 @@ def train(
         return
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
     sure = result.get(f"auc by {result['judged by']}s")
+    texts = [word for source in text or () for word in ("--text", source)]
+    common = ["--model", chosen.model, "--gates", result["gates"]]
+    steps: tuple[tuple[str, list[str]], ...] = (("key_basis", ["--recipe", str(recipe), *texts]), ("layer_shares", []))
     between = f" ({sure[0]:.3f} to {sure[1]:.3f} over held-out {result['judged by']}s)" if sure else ""
     typer.echo(
         f"{result['parameters']:,} parameters; median over heads: AUC {result.get('auc', float('nan')):.3f}{between}, "
         f"R2 {result.get('r2', float('nan')):.3f}; {took}\nUse them: a policy file that holds "
         f'{{"name": "auto", "gates": "{result["gates"]}"}}\n'
-        "These gates treat every layer the same. To measure the layer shares and add them, run next:\n"
-        + shlex.join(["python", "-m", "training.layer_shares", "--model", chosen.model, "--gates", result["gates"]])
+        "These gates treat every layer the same and hold keys in the model's own basis. To measure the layer shares "
+        "and a basis in which keys lose less, and add them, run next:\n"
+        + "\n".join(shlex.join(["python", "-m", f"training.{name}", *options, *common]) for name, options in steps)
     )
 
 

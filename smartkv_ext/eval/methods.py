@@ -79,7 +79,7 @@ class Method:
             return press_prefill(model, recording.ids, **self.options)
         cache = self._new_cache(model.config)
         if isinstance(cache, SmartKVCache):
-            cache.smartkv_config.policy.check_keys(lambda: sketch_of(model))  # as the forward that is replayed did
+            cache.check_keys(lambda: sketch_of(model))  # as the forward that is replayed did
         replay(recording, cache)
         return cache
 
@@ -131,8 +131,9 @@ def smartkv_arguments(options: Mapping[str, str]) -> dict[str, Any]:
         arguments["budget"] = None
     if "tiers" in arguments:
         arguments["tiers"] = tuple(arguments["tiers"].split(","))
-    if "mean_shift" in arguments:
-        arguments["mean_shift"] = arguments["mean_shift"] == "1"
+    for name in ("mean_shift", "key_basis"):
+        if arguments.get(name) in ("0", "1"):
+            arguments[name] = arguments[name] == "1"
     for name in ("window", "sinks"):
         if name in arguments:
             arguments[name] = int(arguments[name])

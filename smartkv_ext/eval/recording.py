@@ -82,7 +82,9 @@ def record(model: Any, ids: torch.Tensor) -> Recording:
     """Run ids (1, n), n > 1, through a patched model."""
     if ids.shape[1] < 2:
         raise ValueError(f"a document must have at least 2 tokens; got {ids.shape[1]}")
-    cache = SmartKVCache(model.config, budget=None, policy=_KeepEverything(), sinks=0, window=ids.shape[1] + 1)
+    cache = SmartKVCache(
+        model.config, budget=None, policy=_KeepEverything(), sinks=0, window=ids.shape[1] + 1, key_basis=False
+    )
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     layers = []
     for layer in cache.layers:

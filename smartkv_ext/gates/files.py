@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "smartkv_config.json", "smartkv_gates.safetensors"
 TYPE = "gates"
 FORMAT_VERSION = 1
-_OPTIONAL = ("sketch", "quantiles", "layer_shares", "decay", "calibration")
+_OPTIONAL = ("sketch", "quantiles", "layer_shares", "decay", "calibration", "key_basis")
 
 
 def save(gates: Gates, folder: Path, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ import torch
 from smartkv_ext import ops
 
 from . import files
+from .key_basis import KeyBasis
 from .model import MIN_COSINE, SKETCH_SIZE, ModelFacts, sketch_cosine
 
 KINDS = ("compact", "regression", "binary")
@@ -44,6 +45,7 @@ class Gates:
         decay: (num_layers, num_kv_heads) exponent with which a head's attention falls with distance; None: unknown.
         calibration: (num_layers, num_kv_heads, 2) slope a and offset b of each head, a > 0: a token of score s matters
             much later with the probability sigmoid(a s + b), as found on held-out text; None: unknown.
+        key_basis: (num_layers, num_kv_heads, head_dim + 1, head_dim) ``KeyBasis`` of the model's keys; None: none.
         info: JSON values about the training.
         source: the folder or hub id they came from.
 
@@ -54,7 +56,7 @@ class Gates:
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], model: ModelFacts, kind: str = "compact",
         inputs: str = "key", sketch: torch.Tensor | None = None, quantiles: torch.Tensor | None = None,
         layer_shares: torch.Tensor | None = None, decay: torch.Tensor | None = None,
-        calibration: torch.Tensor | None = None,
+        calibration: torch.Tensor | None = None, key_basis: torch.Tensor | None = None,
         info: dict[str, Any] | None = None, source: str | None = None,
     ) -> None:  # fmt: skip
         if kind not in KINDS:
@@ -70,6 +72,7 @@ class Gates:
         self.layer_shares = None if layer_shares is None else layer_shares.float()
         self.decay = None if decay is None else decay.float()
         self.calibration = None if calibration is None else calibration.float()
+        self.basis = None if key_basis is None else KeyBasis(key_basis)
         self._check()
         self._placed: dict[tuple[str, int, int], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
@@ -93,6 +96,7 @@ class Gates:
             ("quantiles", self.quantiles, (NUM_QUANTILES,)), ("layer_shares", self.layer_shares, stack[:1]),
             ("decay", self.decay, stack), ("calibration", self.calibration, (*stack, 2)),
             ("sketch", self.sketch, (stack[0], SKETCH_SIZE)),
+            ("key_basis", self.key_basis, (*stack, self.model.head_dim + 1, self.model.head_dim)),
         ):  # fmt: skip
             if x is not None and x.shape != shape:
                 raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
@@ -109,6 +113,11 @@ class Gates:
             raise ValueError("decay must be at least 0: no head prefers old tokens for their age")
         if self.calibration is not None and not bool((self.calibration[..., 0] > 0).all()):
             raise ValueError("calibration must have slopes above 0")
+
+    @property
+    def key_basis(self) -> torch.Tensor | None:
+        """``basis`` as one tensor."""
+        return None if self.basis is None else self.basis.packed
 
     @property
     def input_size(self) -> int:

@@ -42,7 +42,7 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     cache = kwargs.get("past_key_values")
     smartkv_forward.set(isinstance(cache, SmartKVCache))
     if isinstance(cache, SmartKVCache):
-        cache.smartkv_config.policy.check_keys(lambda: sketch_of(module))
+        cache.check_keys(lambda: sketch_of(module))
 
 
 def _after_model(module: nn.Module, args: Any, output: Any) -> None:

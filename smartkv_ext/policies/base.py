@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from smartkv_ext.gates import Gates
+
 
 @dataclass
 class TokenView:
@@ -130,6 +132,11 @@ class Policy:
         """Bytes of this layer's pages relative to an even split over the layers; the shares of all layers average 1."""
         del layer_idx, num_layers, num_kv_heads
         return 1.0
+
+    @property
+    def own_gates(self) -> Gates | None:
+        """The gates that it scores with; None: none."""
+        return None
 
     def for_model(self, config: Any) -> Policy:
         """The policy as it serves a model of this transformers config. Raises ValueError if it cannot."""

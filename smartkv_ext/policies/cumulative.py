@@ -133,6 +133,10 @@ class Evolved(FeaturePolicy):
         values = {name: features.named(name) for name in expression.names if expression.uses(name)}
         return protect(features, expression(values))
 
+    @property
+    def own_gates(self) -> Gates | None:
+        return None if self._gate is None else self._gate.own_gates
+
     def for_model(self, config: Any) -> Evolved:
         if self._gate is None:
             return self

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from smartkv_ext.gates import Gates
+
 from .base import Policy, RecordView, TokenView
 
 ASKS = (
@@ -38,6 +40,10 @@ class Delegating(Policy):
         self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], first_layer: int, head_offset: int
     ) -> torch.Tensor:
         return self._inner.score_keys(keys, values, first_layer, head_offset)
+
+    @property
+    def own_gates(self) -> Gates | None:
+        return self._inner.own_gates
 
     def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
         self._inner.check_keys(sketch)

@@ -71,6 +71,10 @@ class Gate(Policy):
             raise RuntimeError("the gate policy has no gates yet: a cache binds them to its model")
         return self._bound
 
+    @property
+    def own_gates(self) -> Gates | None:
+        return self._bound
+
     def _least(self) -> torch.Tensor | float:
         """The least score, or (num_layers, num_kv_heads) of them."""
         if self.probability is not None:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from smartkv_ext.gates import Gates
+
 from .base import Policy, RecordView, TokenView
 from .delegate import ASKS
 from .position import StreamingLLM
@@ -135,6 +137,10 @@ class PolicyMap(Policy):
             raise ValueError(f"policy map: shares must be {num_layers} for this model; got {len(self.shares)}")
         if not any(self._weight(i, num_kv_heads) for i in range(num_layers)):
             raise ValueError("policy map: some head must have a share above 0; all have 0")
+
+    @property
+    def own_gates(self) -> Gates | None:
+        return next((policy.own_gates for policy in self._policies if policy.own_gates), None)
 
     def for_model(self, config: Any) -> PolicyMap:
         made = replace(self)

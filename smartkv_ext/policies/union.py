@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from smartkv_ext.gates import Gates
+
 from .base import Policy, TokenView
 from .registry import get_policy
 
@@ -68,6 +70,10 @@ class Union(Policy):
             best = place if best is None else torch.minimum(best, place)
         assert best is not None
         return -best
+
+    @property
+    def own_gates(self) -> Gates | None:
+        return next((part.own_gates for part in self._policies if part.own_gates), None)
 
     def for_model(self, config: Any) -> Union:
         return replace(self, parts=tuple(part.for_model(config) for part in self._policies))

@@ -1,0 +1,177 @@
+"""The basis in which a cache holds keys: scores and decisions stay as they are, quantised keys lose less."""
+
+import copy
+
+import pytest
+import torch
+
+from python_tests.gates.make_gates import random_gates, usable
+from python_tests.hf.tiny import prompts, tiny
+from smartkv_ext import SmartKVCache, patch
+from smartkv_ext.eval.recording import LayerRecording
+from smartkv_ext.gates import Gates, KeyBasis, ModelFacts, find_shipped_gates, lookup
+from smartkv_ext.hf.gate_check import sketch_of
+from smartkv_ext.policies import POLICIES
+from smartkv_ext.reference.hadamard import rotate
+from smartkv_ext.reference.quantizer import K_FIT, decode, encode
+from training.key_basis import fit
+
+
+def random_basis(layers=4, heads=2, head_dim=64, seed=0):
+    """Matrices of condition 3 or so, far from any rotation, and centres as large as keys."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(layers, heads, head_dim, head_dim, generator=generator) * 0.5 * head_dim**-0.5
+    centre = torch.randn(layers, heads, 1, head_dim, generator=generator)
+    return torch.cat([torch.eye(head_dim) + noise, centre], 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Gates of tiny("qwen2") that have a basis."""
+    model, path = tiny("qwen2"), tmp_path_factory.mktemp("gates")
+    facts = ModelFacts.from_config(model.config)
+    random_gates(facts, sketch=sketch_of(model), key_basis=random_basis()).save_pretrained(path)
+    return path
+
+
+def decoded(model, key_basis, **arguments):
+    """Logits of a prefill, of tokens in ones and fours, and the cache."""
+    ids, _ = prompts(1, 300)
+    cache = SmartKVCache(model.config, window=32, key_basis=key_basis, **arguments)
+    with torch.no_grad(), patch(model):
+        pieces = [model(x, past_key_values=cache).logits for x in ids.split([200, *[1] * 60, *[4] * 10], 1)]
+    return torch.cat(pieces, 1), cache
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"map", "auto", "gate_hybrid", "full"}))
+def test_every_policy_decides_as_without_it(policy, folder):
+    model = tiny("qwen2")
+    arguments = {"policy": usable(policy, model), "tiers": (16,), "budget": "1MB"}
+    want, plain = decoded(model, False, **arguments)
+    ours, held = decoded(model, folder, **arguments)
+    assert held.smartkv_config.key_basis is not None and plain.smartkv_config.key_basis is None
+    assert sum(int(layer.store.cache_seqlens.sum()) for layer in plain.layers) > 0
+    for a, b in zip(held.layers, plain.layers, strict=True):
+        assert torch.equal(a.store.positions(), b.store.positions())
+        assert not torch.allclose(a.window.held("k"), b.window.held("k"), atol=0.1)
+    torch.testing.assert_close(ours, want, rtol=0, atol=2e-4)
+
+
+def test_report_counts_it_beside_the_cache(folder):
+    model = tiny("qwen2")
+    _, plain = decoded(model, False, policy="keydiff", budget=0.5)
+    _, held = decoded(model, folder, policy="keydiff", budget=0.5)
+    assert held.report().total_bytes == plain.report().total_bytes and plain.report().shared_bytes == 0
+    assert held.report().shared_bytes == held.smartkv_config.key_basis.num_bytes
+    assert held.smartkv_config.key_basis.num_bytes == 4 * 4 * 2 * (2 * 64 * 64 + 2 * 64)
+
+
+def test_saved_caches_keep_their_basis(folder, tmp_path):
+    model = tiny("qwen2")
+    _, cache = decoded(model, folder, policy="keydiff", budget=0.5)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = SmartKVCache.load(tmp_path / "cache.safetensors", model.config)
+    more, _ = prompts(1, 8)
+    with torch.no_grad(), patch(model):
+        want, ours = (model(more, past_key_values=x).logits for x in (copy.deepcopy(cache), loaded))
+    assert torch.equal(ours, want)
+    assert torch.equal(loaded.smartkv_config.key_basis.packed, cache.smartkv_config.key_basis.packed)
+
+
+def test_the_packages_own_is_taken_for_its_model_alone(folder, monkeypatch):
+    monkeypatch.setattr(lookup, "FOLDER", folder.parent)
+    monkeypatch.setattr(lookup, "_folders", lambda: [folder])
+    find_shipped_gates.cache_clear()
+    try:
+        model, other = tiny("qwen2"), tiny("qwen2", seed=5)
+        assert decoded(model, True, policy="keydiff", budget=0.5)[1].smartkv_config.key_basis is not None
+        cache = decoded(other, True, policy="keydiff", budget=0.5)[1]
+        assert cache.smartkv_config.key_basis is None and cache.layers[2].config.key_basis is None
+        llama = tiny("llama", num_key_value_heads=4)
+        assert decoded(llama, True, policy="keydiff", budget=0.5)[1].smartkv_config.key_basis is None
+        with pytest.raises(ValueError, match="belong to another model of the same shape"):
+            decoded(other, folder, policy="keydiff", budget=0.5)
+    finally:
+        find_shipped_gates.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["gate", "auto", "union", "map", "evolved"])
+def test_gates_of_a_policy_bring_theirs(name, folder):
+    model = tiny("qwen2")
+    spec = {"gate": {}, "auto": {}, "union": {"parts": [{"name": "gate", "gates": str(folder)}, "keydiff"]},
+            "map": {"default": {"name": "gate", "gates": str(folder)}},
+            "evolved": {"expression": "gate + recent"}}[name]  # fmt: skip
+    if name in ("gate", "auto", "evolved"):
+        spec["gates"] = str(folder)
+    cache = SmartKVCache(model.config, policy={"name": name, **spec})
+    assert torch.equal(cache.smartkv_config.key_basis.packed, random_basis().half())
+    assert SmartKVCache(model.config, policy={"name": name, **spec}, key_basis=False).smartkv_config.key_basis is None
+
+
+def test_wrong_arguments_are_named(folder, tmp_path):
+    model = tiny("qwen2")
+    with pytest.raises(TypeError, match="key_basis must be True, False, or a folder or hub id of gates; got int"):
+        SmartKVCache(model.config, key_basis=1)
+    with pytest.raises(ValueError, match="does not exist"):
+        SmartKVCache(model.config, key_basis=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="belong to another model: this one has num_layers 3, not 4"):
+        SmartKVCache(tiny("qwen2", num_hidden_layers=3).config, key_basis=folder)
+    random_gates(ModelFacts.from_config(model.config)).save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="has none: measure one"):
+        SmartKVCache(model.config, key_basis=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x: x[:, :, 1:], "head_dim"), (lambda x: x[:3], r"key_basis must be \(4, 2, 65, 64\)"),
+     (lambda x: x.clone().fill_(torch.nan), "finite"), (lambda x: torch.zeros_like(x), "condition"),
+     (lambda x: x * 1e6, "finite")],
+)  # fmt: skip
+def test_damaged_bases_are_refused(change, message):
+    facts = ModelFacts.from_config(tiny("qwen2").config)
+    with pytest.raises(ValueError, match=message):
+        random_gates(facts, key_basis=change(random_basis()))
+
+
+def test_gate_files_keep_it(folder):
+    assert torch.equal(Gates.from_pretrained(folder).key_basis, random_basis().half())
+
+
+def uneven(num_heads, num_kv_heads, n, head_dim, seed=0):
+    """Queries that are large where keys are small, as after a rotation of both; keys with a large mean."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, h, n, head_dim, generator=generator) for h in (num_heads, num_kv_heads, num_kv_heads))
+    size = torch.logspace(-1, 1, head_dim)
+    turn = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))[0]
+    return LayerRecording(q=q * size @ turn, k=k / size @ turn + 5, v=v, pre_rope=k)
+
+
+def test_fitted_bases_move_noise_away_from_queries():
+    learned, other = uneven(4, 2, 2048, 64), uneven(4, 2, 256, 64, seed=1)
+    other = LayerRecording(q=learned.q[:, :, :256] * 0.7, k=learned.k[:, :, :256], v=other.v, pre_rope=other.k)
+    basis = fit([[learned]]).of_layer(0, torch.device("cpu"), 0, 2)
+
+    def noise(k, q):
+        """Of scores, with the keys through the codes of 3 bits."""
+        mean = k.mean(2, keepdim=True)
+        codes, scale = encode(rotate(k - mean), 3, "gaussian", K_FIT)
+        back = rotate(decode(codes, scale, 3, "gaussian"), inverse=True) + mean
+        return (q.unflatten(1, (2, 2)) @ (back - k)[:, :, None].mT).norm()
+
+    plain, ours = noise(other.k, other.q), noise(basis.keys(other.k), basis.queries(other.q))
+    assert ours < 0.4 * plain
+    whole = fit([[learned]], 1.0).of_layer(0, torch.device("cpu"), 0, 2)
+    assert noise(whole.keys(other.k), whole.queries(other.q)) < 0.7 * ours  # the same text: the whole map is best
+
+
+def test_scores_lose_the_same_for_all_keys():
+    x = uneven(4, 2, 40, 64)
+    basis = KeyBasis(random_basis(1)).of_layer(0, torch.device("cpu"), 0, 2)
+    q, k = x.q.double(), x.k.double()
+    truth = q.unflatten(1, (2, 2)) @ k[:, :, None].mT
+    mapped = basis.queries(x.q).double().unflatten(1, (2, 2)) @ basis.keys(x.k).double()[:, :, None].mT
+    gone = truth - mapped
+    torch.testing.assert_close(gone, gone[..., :1].expand_as(gone), rtol=0, atol=1e-3)
+    lse = basis.model_lse(mapped.logsumexp(-1).flatten(1, 2).float(), x.q, 1.0)
+    torch.testing.assert_close(lse.double(), truth.logsumexp(-1).flatten(1, 2), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(basis.model_keys(basis.keys(x.k)), x.k, rtol=1e-5, atol=1e-4)
