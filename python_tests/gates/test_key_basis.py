@@ -17,6 +17,10 @@ from smartkv_ext.reference.quantizer import K_FIT, decode, encode
 from training.key_basis import fit
 
 
+def qwen(**options):
+    return tiny("qwen2", vocab_size=400, **options)
+
+
 def random_basis(layers=4, heads=2, head_dim=64, seed=0):
     """Matrices of condition 3 or so, far from any rotation, and centres as large as keys."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,15 +32,15 @@ def random_basis(layers=4, heads=2, head_dim=64, seed=0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Gates of tiny("qwen2") that have a basis."""
-    model, path = tiny("qwen2"), tmp_path_factory.mktemp("gates")
+    model, path = qwen(), tmp_path_factory.mktemp("gates")
     facts = ModelFacts.from_config(model.config)
     random_gates(facts, sketch=sketch_of(model), key_basis=random_basis()).save_pretrained(path)
     return path
 
 
 def decoded(model, key_basis, **arguments):
-    """Logits of a prefill, of tokens in ones and fours, and the cache."""
-    ids, _ = prompts(1, 300)
+    """Logits of a prefill, of tokens in ones and fours, and the cache. No token comes twice: keys would tie."""
+    ids = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(0))[None, :300]
     cache = SmartKVCache(model.config, window=32, key_basis=key_basis, **arguments)
     with torch.no_grad(), patch(model):
         pieces = [model(x, past_key_values=cache).logits for x in ids.split([200, *[1] * 60, *[4] * 10], 1)]
@@ -45,29 +49,29 @@ def decoded(model, key_basis, **arguments):
 
 @pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"map", "auto", "gate_hybrid", "full"}))
 def test_every_policy_decides_as_without_it(policy, folder):
-    model = tiny("qwen2")
+    model = qwen()
     arguments = {"policy": usable(policy, model), "tiers": (16,), "budget": "1MB"}
     want, plain = decoded(model, False, **arguments)
-    ours, held = decoded(model, folder, **arguments)
+    found, held = decoded(model, folder, **arguments)
     assert held.smartkv_config.key_basis is not None and plain.smartkv_config.key_basis is None
     assert sum(int(layer.store.cache_seqlens.sum()) for layer in plain.layers) > 0
     for a, b in zip(held.layers, plain.layers, strict=True):
         assert torch.equal(a.store.positions(), b.store.positions())
         assert not torch.allclose(a.window.held("k"), b.window.held("k"), atol=0.1)
-    torch.testing.assert_close(ours, want, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found, want, rtol=0, atol=2e-4)
 
 
 def test_report_counts_it_beside_the_cache(folder):
-    model = tiny("qwen2")
+    model = qwen()
     _, plain = decoded(model, False, policy="keydiff", budget=0.5)
     _, held = decoded(model, folder, policy="keydiff", budget=0.5)
     assert held.report().total_bytes == plain.report().total_bytes and plain.report().shared_bytes == 0
     assert held.report().shared_bytes == held.smartkv_config.key_basis.num_bytes
-    assert held.smartkv_config.key_basis.num_bytes == 4 * 4 * 2 * (2 * 64 * 64 + 2 * 64)
+    assert held.smartkv_config.key_basis.num_bytes == 4 * 4 * 2 * (3 * 64 * 64 + 2 * 64)
 
 
 def test_saved_caches_keep_their_basis(folder, tmp_path):
-    model = tiny("qwen2")
+    model = qwen()
     _, cache = decoded(model, folder, policy="keydiff", budget=0.5)
     cache.save(tmp_path / "cache.safetensors")
     loaded = SmartKVCache.load(tmp_path / "cache.safetensors", model.config)
@@ -83,11 +87,11 @@ def test_the_packages_own_is_taken_for_its_model_alone(folder, monkeypatch):
     monkeypatch.setattr(lookup, "_folders", lambda: [folder])
     find_shipped_gates.cache_clear()
     try:
-        model, other = tiny("qwen2"), tiny("qwen2", seed=5)
+        model, other = qwen(), qwen(seed=5)
         assert decoded(model, True, policy="keydiff", budget=0.5)[1].smartkv_config.key_basis is not None
         cache = decoded(other, True, policy="keydiff", budget=0.5)[1]
         assert cache.smartkv_config.key_basis is None and cache.layers[2].config.key_basis is None
-        llama = tiny("llama", num_key_value_heads=4)
+        llama = tiny("llama", vocab_size=400, num_key_value_heads=4)
         assert decoded(llama, True, policy="keydiff", budget=0.5)[1].smartkv_config.key_basis is None
         with pytest.raises(ValueError, match="belong to another model of the same shape"):
             decoded(other, folder, policy="keydiff", budget=0.5)
@@ -97,7 +101,7 @@ def test_the_packages_own_is_taken_for_its_model_alone(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gate", "auto", "union", "map", "evolved"])
 def test_gates_of_a_policy_bring_theirs(name, folder):
-    model = tiny("qwen2")
+    model = qwen()
     spec = {"gate": {}, "auto": {}, "union": {"parts": [{"name": "gate", "gates": str(folder)}, "keydiff"]},
             "map": {"default": {"name": "gate", "gates": str(folder)}},
             "evolved": {"expression": "gate + recent"}}[name]  # fmt: skip
@@ -109,13 +113,13 @@ def test_gates_of_a_policy_bring_theirs(name, folder):
 
 
 def test_wrong_arguments_are_named(folder, tmp_path):
-    model = tiny("qwen2")
+    model = qwen()
     with pytest.raises(TypeError, match="key_basis must be True, False, or a folder or hub id of gates; got int"):
         SmartKVCache(model.config, key_basis=1)
     with pytest.raises(ValueError, match="does not exist"):
         SmartKVCache(model.config, key_basis=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="belong to another model: this one has num_layers 3, not 4"):
-        SmartKVCache(tiny("qwen2", num_hidden_layers=3).config, key_basis=folder)
+        SmartKVCache(qwen(num_hidden_layers=3).config, key_basis=folder)
     random_gates(ModelFacts.from_config(model.config)).save_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="has none: measure one"):
         SmartKVCache(model.config, key_basis=str(tmp_path / "none"))
@@ -128,7 +132,7 @@ def test_wrong_arguments_are_named(folder, tmp_path):
      (lambda x: x * 1e6, "finite")],
 )  # fmt: skip
 def test_damaged_bases_are_refused(change, message):
-    facts = ModelFacts.from_config(tiny("qwen2").config)
+    facts = ModelFacts.from_config(qwen().config)
     with pytest.raises(ValueError, match=message):
         random_gates(facts, key_basis=change(random_basis()))
 

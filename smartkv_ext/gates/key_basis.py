@@ -40,25 +40,27 @@ class _Affine(LayerBasis):
 
     def __init__(self, matrix: torch.Tensor, centre: torch.Tensor, device: torch.device) -> None:
         inverse = torch.linalg.inv(matrix)
-        shift = -(matrix @ centre[..., None])
-        self._to, self._from, self._shift, self._centre = (
-            x.float().to(device) for x in (matrix.mT.contiguous(), inverse, shift.mT, centre[:, None])
+        shift = -(matrix @ centre[..., None]).mT
+        self._to, self._from, self._queries, self._shift, self._centre = (
+            x.float().contiguous().to(device) for x in (matrix.mT, inverse.mT, inverse, shift, centre[:, None])
         )
 
     def keys(self, k: torch.Tensor) -> torch.Tensor:
         return (k.float() @ self._to + self._shift).to(k.dtype)
 
     def model_keys(self, k: torch.Tensor) -> torch.Tensor:
-        return (k.float() @ self._from.mT + self._centre).to(k.dtype)
+        return (k.float() @ self._from + self._centre).to(k.dtype)
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
-        heads, head_dim = self._from.shape[:2]
-        grouped = q.float().reshape(q.shape[0], heads, -1, head_dim)
-        return (grouped @ self._from).to(q.dtype).view(q.shape)
+        return self._of_heads(q, self._queries).to(q.dtype).view(q.shape)
 
     def model_lse(self, lse: torch.Tensor, q: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-        grouped = q.float().reshape(q.shape[0], self._centre.shape[0], -1, q.shape[-1])
-        return lse + softmax_scale * (grouped @ self._centre.mT).view(lse.shape)
+        return lse + softmax_scale * self._of_heads(q, self._centre.mT).view(lse.shape)
+
+    def _of_heads(self, q: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """q times the matrix (num_kv_heads, head_dim, m) of each query head's KV head: (batch, num_kv_heads, queries,
+        m) float32."""
+        return q.float().reshape(q.shape[0], len(matrix), -1, q.shape[-1]) @ matrix
 
 
 class KeyBasis:
@@ -87,7 +89,7 @@ class KeyBasis:
     def num_bytes(self) -> int:
         """Memory of the matrices that caches use, which all caches of a process share."""
         layers, heads, _, head_dim = self.packed.shape
-        return 4 * layers * heads * (2 * head_dim * head_dim + 2 * head_dim)
+        return 4 * layers * heads * (3 * head_dim * head_dim + 2 * head_dim)
 
     def of_layer(self, layer_idx: int, device: torch.device, first_head: int, num_kv_heads: int) -> LayerBasis:
         """The basis of some heads of a layer, copied to a device once."""
