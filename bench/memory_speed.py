@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from bench.timing import Work, copies_for_cold_cache, medians
+from smartkv_ext.ops.memory import HUGE_PAGE, ask_for_huge_pages
 
-HUGE_PAGE = 1 << 21
-MADV_HUGEPAGE = 14
 BUFFER_BYTES = 1 << 25  # per read: long enough that starting threads costs under 2 %, short enough to take turns with
 CUDA_BUFFER_BYTES = 1 << 29  # as long on a GPU
 
@@ -30,8 +29,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, huge
     rounded = -(-wanted // HUGE_PAGE) * HUGE_PAGE
     raw = torch.empty(rounded + HUGE_PAGE, dtype=torch.uint8)
     start = -raw.data_ptr() % HUGE_PAGE
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(raw.data_ptr() + start), ctypes.c_size_t(rounded), MADV_HUGEPAGE):
+    if not ask_for_huge_pages(raw[start : start + rounded]):
         raise OSError(ctypes.get_errno(), "madvise(MADV_HUGEPAGE) failed: this kernel grants no 2 MB pages")
     return raw[start : start + wanted].view(dtype).view(shape)
 

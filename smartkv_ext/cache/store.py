@@ -148,8 +148,9 @@ class PagedStore:
         for t, pool in enumerate(self.pools):
             if counts[t] > len(pool):  # a pool has no more pages than are in use
                 self._number_pages(t, _order(wanted[:, :, t]) + len(pool), wanted[:, :, t])
-                grown = torch.zeros(counts[t], pool.shape[1], dtype=torch.uint8, device=pool.device)
+                grown = ops.empty_pool(counts[t], pool.shape[1], pool.device)
                 grown[: len(pool)] = pool
+                grown[len(pool) :] = 0
                 self.pools[t] = grown
 
     def _trim(self) -> None:
@@ -163,7 +164,8 @@ class PagedStore:
                 # Entries without a page go to a place behind the last.
                 place = torch.where(used[:, :, t], order, counts[t]).flatten()
                 ids = place.new_zeros(counts[t] + 1).scatter_(0, place, self.block_table[:, :, t].flatten().long())
-                self.pools[t] = pool[ids[: counts[t]]]
+                kept = ops.empty_pool(counts[t], pool.shape[1], pool.device)
+                self.pools[t] = torch.index_select(pool, 0, ids[: counts[t]], out=kept)
                 self._number_pages(t, order, used[:, :, t])
         if most < self.block_table.shape[3]:
             self.block_table = self.block_table[..., :most].contiguous()

@@ -1,4 +1,5 @@
-"""The compiled ops, typed and documented, and the layout of the pages that they share (`page_layout`, `TIERS`).
+"""The compiled ops, typed and documented, and the layout (`page_layout`, `TIERS`) and memory
+(`empty_pool`) of the pages that they share.
 Contract: docs/design/ops.md; specification: smartkv_ext.reference.
 
 Shapes name their axes; ``n`` is a number of tokens. A tensor that an op refuses raises RuntimeError (ValueError for
@@ -14,6 +15,7 @@ from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, PageLayout, page_layo
 from . import _fakes as _fakes
 from .attention import attention_mass, decode_attention, merge_states
 from .info import available_kernel_sets, build_info, cpu_features, kernel_set_name
+from .memory import empty_pool
 from .pages import append_kv, compact_kv, dequantize_kv, quantize_kv
 from .selection import gate_score, select_kv
 
@@ -29,6 +31,7 @@ __all__ = [
     "cpu_features",
     "decode_attention",
     "dequantize_kv",
+    "empty_pool",
     "gate_score",
     "kernel_set_name",
     "merge_states",
