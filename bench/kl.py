@@ -17,6 +17,7 @@ import smartkv_ext
 from bench.models import load, text_ids
 from bench.output import show
 from smartkv_ext import SmartKVCache
+from smartkv_ext.eval.methods import smartkv_arguments
 from smartkv_ext.reference.layout import TIERS, tier_name
 
 ALL_KEPT = [f"tiers={tier_name(tier)}" for tier in reversed(TIERS)] + ["tiers=4 levels=uniform mean_shift=0"]
@@ -25,18 +26,8 @@ BUDGETS = [f"budget={b} policy={p}" for b in (0.25, 0.125) for p in ("keydiff", 
 
 def parse(setting: str) -> dict[str, Any]:
     """ "budget=0.125 policy=keydiff tiers=2,4" -> arguments of SmartKVCache; without a budget every token is kept."""
-    arguments: dict[str, Any] = {"budget": None, "policy": "full"}
-    for item in shlex.split(setting):
-        name, value = item.split("=")
-        arguments[name] = value
-    if "tiers" in arguments:
-        arguments["tiers"] = tuple(arguments["tiers"].split(","))
-    if "mean_shift" in arguments:
-        arguments["mean_shift"] = arguments["mean_shift"] == "1"
-    for name in ("window", "sinks"):
-        if name in arguments:
-            arguments[name] = int(arguments[name])
-    return arguments
+    options = dict(item.split("=") for item in shlex.split(setting))
+    return smartkv_arguments({"budget": "none", "policy": "full"} | options)
 
 
 def main(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import bench.all
 import bench.gate_score
+import bench.kl
 import bench.memory_speed
 import bench.output
 import bench.timing
@@ -204,6 +205,12 @@ def test_table_then_json():
     lines = run("merge_states", *CASES["merge_states"][0]).splitlines()
     assert len(lines) > 4 and "torch: eager" in "\n".join(lines[:-1])
     check_figures(json.loads(lines[-1]))
+
+
+def test_settings_of_caches():
+    assert bench.kl.parse("tiers=4,K3V2 key_basis=0 mean_shift=1 window=64") == {
+        "budget": None, "policy": "full", "tiers": ("4", "K3V2"), "key_basis": False, "mean_shift": True, "window": 64,
+    }  # fmt: skip
 
 
 def test_plot(tmp_path):
