@@ -24,6 +24,7 @@ from bench.output import show
 from smartkv_ext import patch
 from smartkv_ext.eval.recording import LayerRecording, record
 from smartkv_ext.gates import Gates, KeyBasis, ModelFacts, balancing_map
+from smartkv_ext.hf.gate_check import sketch_of
 
 from .recipe import Recipe
 from .texts import Mixture
@@ -76,6 +77,8 @@ def main(
     texts = Mixture.read(chosen.sources, "train", chosen.valid_share).bundled(tokens)
     network, tokenizer = load(model or chosen.model, chosen.dtype)
     learned.check_model(ModelFacts.from_config(network.config))
+    if (sketch := sketch_of(network)) is not None:
+        learned.check_sketch(sketch)
 
     def prefills() -> Iterator[list[LayerRecording]]:
         for i in tqdm(range(pieces), unit="text", mininterval=5):

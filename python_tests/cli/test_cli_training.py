@@ -3,16 +3,20 @@
 import importlib.util
 import json
 import shlex
+import shutil
 import sys
 
 import pytest
+import torch
 import typer
 import yaml
 from cli_runner import DOCUMENT, call
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from smartkv_ext.gates import Gates
 from training import key_basis, layer_shares
+from training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,12 @@ def test_train_says_how_to_measure_key_basis_and_layer_shares(recipe, tmp_path):
     assert measured.exit_code == 0, measured.output
     gates = Gates.from_pretrained(tmp_path / "a run" / "gates")
     assert gates.basis is not None and json.loads(measured.stdout.splitlines()[-1])["strength"] == 0.5
+    other, model = tmp_path / "other", Recipe.load(recipe).model
+    shutil.copytree(model, other)
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(other)
+    refused = CliRunner().invoke(basis, [*first[3:], "--model", str(other), "--pieces", "2", "--tokens", "200"])
+    assert refused.exit_code == 1 and "belong to another model of the same shape" in str(refused.exception)
     assert words[:3] == ["python", "-m", "training.layer_shares"]
     steps = typer.Typer()
     steps.command()(layer_shares.main)
