@@ -40,27 +40,26 @@ class _Affine(LayerBasis):
 
     def __init__(self, matrix: torch.Tensor, centre: torch.Tensor, device: torch.device) -> None:
         inverse = torch.linalg.inv(matrix)
-        shift = -(matrix @ centre[..., None]).mT
-        self._to, self._from, self._queries, self._shift, self._centre = (
-            x.float().contiguous().to(device) for x in (matrix.mT, inverse.mT, inverse, shift, centre[:, None])
+        self._to, self._from, self._queries, self._centre = (
+            x.float().contiguous().to(device) for x in (matrix.mT, inverse.mT, inverse, centre[:, None])
         )
 
     def keys(self, k: torch.Tensor) -> torch.Tensor:
-        return (k.float() @ self._to + self._shift).to(k.dtype)
+        # The centre first: it may be a hundred times what is left, and a product of it would round what is left away.
+        return ((k.float() - self._centre) @ self._to).to(k.dtype)
 
     def model_keys(self, k: torch.Tensor) -> torch.Tensor:
         return (k.float() @ self._from + self._centre).to(k.dtype)
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
-        return self._of_heads(q, self._queries).to(q.dtype).view(q.shape)
+        return (self._by_kv_head(q) @ self._queries).to(q.dtype).view(q.shape)
 
     def model_lse(self, lse: torch.Tensor, q: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-        return lse + softmax_scale * self._of_heads(q, self._centre.mT).view(lse.shape)
+        return lse + softmax_scale * (self._by_kv_head(q) * self._centre).sum(-1).view(lse.shape)
 
-    def _of_heads(self, q: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """q times the matrix (num_kv_heads, head_dim, m) of each query head's KV head: (batch, num_kv_heads, queries,
-        m) float32."""
-        return q.float().reshape(q.shape[0], len(matrix), -1, q.shape[-1]) @ matrix
+    def _by_kv_head(self, q: torch.Tensor) -> torch.Tensor:
+        """(batch, num_kv_heads, queries of the group, head_dim) float32."""
+        return q.float().reshape(q.shape[0], len(self._centre), -1, q.shape[-1])
 
 
 class KeyBasis:
@@ -77,7 +76,7 @@ class KeyBasis:
             raise ValueError(
                 "key_basis must be (num_layers, num_kv_heads, head_dim + 1, head_dim); got " + str(tuple(packed.shape))
             )
-        self.packed = packed.half().contiguous()
+        self.packed = packed.half().contiguous().cpu()  # a device may know no float64
         if not bool(self.packed.isfinite().all()):
             raise ValueError("key_basis must be finite numbers, as float16 too")
         condition = torch.linalg.cond(self.packed[:, :, :-1].double())
@@ -89,14 +88,15 @@ class KeyBasis:
     def num_bytes(self) -> int:
         """Memory of the matrices that caches use, which all caches of a process share."""
         layers, heads, _, head_dim = self.packed.shape
-        return 4 * layers * heads * (3 * head_dim * head_dim + 2 * head_dim)
+        return 4 * layers * heads * (3 * head_dim * head_dim + head_dim)
 
     def of_layer(self, layer_idx: int, device: torch.device, first_head: int, num_kv_heads: int) -> LayerBasis:
         """The basis of some heads of a layer, copied to a device once."""
         where = (layer_idx, str(device), first_head, num_kv_heads)
         if where not in self._placed:
-            mine = self.packed[layer_idx, first_head : first_head + num_kv_heads].double()
-            self._placed[where] = _Affine(mine[:, :-1], mine[:, -1], device)
+            with torch.inference_mode(False):  # made once, for callers outside of that mode too
+                mine = self.packed[layer_idx, first_head : first_head + num_kv_heads].double()
+                self._placed[where] = _Affine(mine[:, :-1], mine[:, -1], device)
         return self._placed[where]
 
     def __deepcopy__(self, memo: Any) -> KeyBasis:
@@ -104,9 +104,10 @@ class KeyBasis:
 
 
 def _power(x: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Symmetric positive matrices (..., n, n) to a power; eigenvalues are kept away from zero."""
+    """Symmetric positive matrices (..., n, n) to a power; eigenvalues are kept away from zero. A matrix of zeros counts
+    as a small multiple of the unit matrix."""
     values, vectors = torch.linalg.eigh(x)
-    values = values.clamp(min=values.amax(-1, keepdim=True) * 1e-6) ** exponent
+    values = values.clamp(min=(values.amax(-1, keepdim=True) * 1e-6).clamp(min=1e-30)) ** exponent
     out: torch.Tensor = vectors @ (values[..., None] * vectors.mT)
     return out
 
