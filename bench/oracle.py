@@ -27,6 +27,7 @@ from smartkv_ext.eval.prompt import split_prompt, tokenize
 from smartkv_ext.eval.recording import Recording, record, replay
 from smartkv_ext.eval.runner import Results, Settings, evaluate
 from smartkv_ext.eval.tasks import TaskOptions, get_documents
+from smartkv_ext.hf.gate_check import sketch_of
 
 Key = tuple[int, ...]  # the ids of a document
 
@@ -44,6 +45,7 @@ class Oracle(Method):
             self.tables[key] = future_attention(model, recording.ids, self.future[key])
         arguments = smartkv_arguments(self.options) | {"policy": Table(self.tables[key])}
         cache = SmartKVCache(model.config, **arguments)
+        cache.check_keys(lambda: sketch_of(model))  # as the forward that is replayed did
         replay(recording, cache)
         return cache
 

@@ -29,6 +29,7 @@ from smartkv_ext.eval.metrics import mean_kl
 from smartkv_ext.eval.recording import Recording, record, replay
 from smartkv_ext.eval.tasks.options import first_tokens, language_reference, read_text
 from smartkv_ext.gates import Gates
+from smartkv_ext.hf.gate_check import sketch_of
 from smartkv_ext.policies import get_policy
 
 EXTREME = 4.0  # no layer gets more than this many times an even share, or less than its inverse
@@ -62,9 +63,10 @@ def layer_losses(model: Any, tokenizer: Any, recording: Recording, future: torch
     """(layers,) KL over the tokens ``future`` (1, n) when one layer alone is compressed as ``arguments`` say."""
     decoder, start = Decoder(model, tokenizer), recording.num_tokens
     exact = SmartKVCache(model.config, budget=None, policy=arguments["policy"], window=start + future.shape[1] + 1)
-    replay(recording, exact)
     packed = SmartKVCache(model.config, **arguments)
-    replay(recording, packed)
+    for cache in (exact, packed):
+        cache.check_keys(lambda: sketch_of(model))  # as the forward that is replayed did
+        replay(recording, cache)
     truth = decoder.log_probabilities(copy.deepcopy(exact), future, start)
     losses = []
     for i in range(len(exact.layers)):

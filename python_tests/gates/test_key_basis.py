@@ -4,17 +4,21 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from bench.oracle import Oracle
 from python_tests.gates.make_gates import random_gates, usable
 from python_tests.hf.tiny import prompts, tiny
 from smartkv_ext import SmartKVCache, patch
-from smartkv_ext.eval.recording import LayerRecording
+from smartkv_ext.eval.recording import LayerRecording, record
 from smartkv_ext.gates import Gates, KeyBasis, ModelFacts, find_shipped_gates, lookup
 from smartkv_ext.hf.gate_check import sketch_of
 from smartkv_ext.policies import POLICIES
 from smartkv_ext.reference.hadamard import rotate
 from smartkv_ext.reference.quantizer import K_FIT, decode, encode
 from training.key_basis import fit
+from training.layer_shares import layer_losses
 
 
 def qwen(**options):
@@ -100,6 +104,50 @@ def test_the_packages_own_is_taken_for_its_model_alone(folder, shipped):
     assert decoded(llama, True, policy="keydiff", budget=0.5)[1].smartkv_config.key_basis is None
     with pytest.raises(ValueError, match="belong to another model of the same shape"):
         decoded(other, folder, policy="keydiff", budget=0.5)
+
+
+def test_loaded_caches_share_the_packages_own(shipped, tmp_path):
+    model, other = qwen(), qwen(seed=5)
+    _, cache = decoded(model, True, policy="keydiff", budget=0.5)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = SmartKVCache.load(tmp_path / "cache.safetensors", model.config)
+    assert loaded.smartkv_config.key_basis is cache.smartkv_config.key_basis
+    loaded.reset()
+    with torch.no_grad(), patch(other):
+        other(prompts(1, 100)[0], past_key_values=loaded)
+    assert loaded.smartkv_config.key_basis is None, "it is another model's"
+
+
+@pytest.mark.parametrize("policy", ["auto", "keydiff"])
+def test_measured_layers_of_another_model_go_without_it(policy, shipped):
+    model = qwen(seed=5)
+    ids = prompts(1, 200)[0]
+    with patch(model):
+        recording = record(model, ids[:, :180])
+        found, want = (
+            layer_losses(model, None, recording, ids[:, 180:], budget=0.25, policy=policy, key_basis=x)
+            for x in (True, False)
+        )
+    assert torch.equal(found, want)
+
+
+def test_the_oracle_of_another_model_goes_without_it(shipped):
+    model, ids = qwen(seed=5), prompts(1, 60)[0]
+    oracle = Oracle("oracle", {}, {tuple(ids[0, :40].tolist()): ids[:, 40:]})
+    with patch(model), torch.no_grad():
+        cache = oracle.prefill(model, record(model, ids[:, :40]))
+    assert cache.smartkv_config.key_basis is None
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:3], lambda x: x[:, :1], lambda x: x[:, :, :33, :32], torch.zeros_like])
+def test_cache_files_with_another_basis_are_refused(change, folder, tmp_path):
+    model, path = qwen(), tmp_path / "cache.safetensors"
+    decoded(model, folder, policy="keydiff", budget=0.5)[1].save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"key_basis": change(tensors["key_basis"]).contiguous()}, path, metadata)
+    with pytest.raises(ValueError, match="is damaged: key_basis must"):
+        SmartKVCache.load(path, model.config)
 
 
 @pytest.mark.parametrize("name", ["gate", "auto", "union", "map", "evolved"])

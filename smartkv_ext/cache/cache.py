@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from smartkv_ext.gates import Gates
 from smartkv_ext.policies import Policy, get_policy
 from smartkv_ext.quant import Budget
 
@@ -118,12 +119,11 @@ class SmartKVCache(Cache):
         except ValueError:
             if self._basis_is_named:
                 raise
-            self._basis_of = None
             self.configure(replace(self.smartkv_config, key_basis=None))
 
-    def configure(self, config: CacheConfig) -> None:
-        """Take another configuration, before the first token."""
-        self.smartkv_config = config
+    def configure(self, config: CacheConfig, basis_of: Gates | None = None) -> None:
+        """Take another configuration, before the first token; ``basis_of``: the gates that its key basis came with."""
+        self.smartkv_config, self._basis_of = config, basis_of
         for layer in self.layers:
             layer.config = config
 

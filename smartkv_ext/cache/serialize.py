@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from smartkv_ext.gates import KeyBasis
-from smartkv_ext.policies import POLICIES, get_policy
+from smartkv_ext.gates import Gates, KeyBasis
+from smartkv_ext.policies import POLICIES, Policy, get_policy
 from smartkv_ext.quant import Budget, QuantSpec
 from smartkv_ext.reference.layout import PAGE_FORMAT_VERSION
 
+from .basis import find_key_basis
 from .config import CacheConfig, ModelGeometry
 from .meter import AttentionMeter
 from .store import PagedStore
@@ -101,9 +102,14 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
         raise ValueError(f"{path} belongs to another model: it holds {ModelGeometry(**saved)}, config is {geometry}")
     cache = cls(config, budget=None, key_basis=False)
     quant = header["quant"] | {"tiers": tuple(header["quant"]["tiers"])}
+    policy = get_policy(header["policy"]).for_model(config)
+    try:
+        basis, basis_of = _basis(tensors.get("key_basis"), policy, config)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     held = CacheConfig(
         budget=Budget(**header["budget"]),
-        policy=get_policy(header["policy"]).for_model(config),
+        policy=policy,
         quant=QuantSpec(**quant),
         num_sinks=header["num_sinks"],
         window=header["window"],
@@ -111,14 +117,28 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
         precision=header.get("precision", "auto"),
         geometry=geometry,
         inv_freq=cache.smartkv_config.inv_freq,
-        key_basis=KeyBasis(tensors["key_basis"]) if "key_basis" in tensors else None,
+        key_basis=basis,
     )
-    cache.configure(held)
+    cache.configure(held, basis_of)
     for i, (layer, fields) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         if fields is not None:
             prefix = f"{i}."
             _restore(layer, fields, {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)})
     return cache
+
+
+def _basis(packed: torch.Tensor | None, policy: Policy, config: Any) -> tuple[KeyBasis | None, Gates | None]:
+    """The basis in a file, and the gates that it came with where they are at hand: all caches share theirs."""
+    if packed is None:
+        return None, None
+    facts, found = ModelGeometry.from_config(config), find_key_basis(True, policy, config)
+    wanted = (facts.num_layers, facts.num_kv_heads, facts.head_dim + 1, facts.head_dim)
+    if packed.shape != wanted:
+        raise ValueError(f"key_basis must be {wanted}; got {tuple(packed.shape)}")
+    read = KeyBasis(packed)
+    if found is not None and found.basis is not None and torch.equal(found.basis.packed, read.packed):
+        return found.basis, found
+    return read, None
 
 
 def _restore(layer: SmartKVLayer, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
