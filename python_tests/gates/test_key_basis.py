@@ -252,6 +252,16 @@ def test_what_was_made_in_inference_mode_serves_outside():
     assert q.grad is not None
 
 
+def test_a_rank_holds_the_basis_of_its_heads():
+    """Tensor parallel: KV heads from the first on."""
+    basis, x = KeyBasis(random_basis(2)), uneven(4, 2, 8, 64)
+    whole, part = (basis.of_layer(1, torch.device("cpu"), *heads) for heads in ((0, 2), (1, 1)))
+    torch.testing.assert_close(part.keys(x.k[:, 1:]), whole.keys(x.k)[:, 1:])
+    torch.testing.assert_close(part.queries(x.q[:, 2:]), whole.queries(x.q)[:, 2:])
+    zero = torch.zeros(1, 4, 8)
+    torch.testing.assert_close(part.model_lse(zero[:, 2:], x.q[:, 2:], 1.0), whole.model_lse(zero, x.q, 1.0)[:, 2:])
+
+
 def test_scores_lose_the_same_for_all_keys():
     x = uneven(4, 2, 40, 64)
     basis = KeyBasis(random_basis(1)).of_layer(0, torch.device("cpu"), 0, 2)
