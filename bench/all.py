@@ -43,11 +43,13 @@ OPS: dict[str, list[list[str]]] = {  # module -> arguments of its cases
     "attention_mass": [[], ["--lse"]],
     "select_kv": [[]],
     "merge_states": [[]],
+    "change_basis": [[], ["--tokens", "4096"]],
 }
 QUICK = {
     "append_kv": ["--new", "64", "--kv-len", "100"],
     "merge_states": ["--states", "4"],
     "gate_score": ["--kv-len", "256", "--hidden", "64"],
+    "change_basis": ["--tokens", "16"],
 }
 
 

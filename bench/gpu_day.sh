@@ -76,6 +76,7 @@ part_bench() {
   bench dequantize_4 dequantize_kv --kv-len 32768 --bits 4
   bench mass attention_mass --lse
   bench merge merge_states
+  bench basis change_basis
 }
 
 # The last is a rival of which not every machine has the package.

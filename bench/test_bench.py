@@ -14,6 +14,7 @@ import torch
 
 from bench.append_kv import append_calls, cache_with_room
 from bench.attention_mass import mass_calls
+from bench.change_basis import basis_calls
 from bench.compact_kv import compact_calls, random_targets
 from bench.decode_attention import attention_calls
 from bench.dequantize_kv import dequantize_calls
@@ -112,6 +113,11 @@ def test_gate_score(run: Any, session: Session) -> None:
 
 def test_select_kv(run: Any, session: Session) -> None:
     run(select_calls(session, torch.rand(1, KV_HEADS, KV_LEN), HEAD_DIM, budget=0.125))
+
+
+def test_change_basis(run: Any, session: Session) -> None:
+    matrix, shift = torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM), torch.randn(KV_HEADS, HEAD_DIM)
+    run(basis_calls(session, torch.randn(1, HEADS, 1, HEAD_DIM).to(torch.bfloat16), matrix, shift))
 
 
 def test_merge_states(run: Any, session: Session) -> None:

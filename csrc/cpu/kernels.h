@@ -28,6 +28,7 @@
 #include "attention.h"
 #include "merge.h"
 #include "gate.h"
+#include "basis.h"
 // clang-format on
 
 #define SMARTKV_STRING_OF(x) #x
@@ -45,6 +46,7 @@ const KernelTable& kernel_table() {
                                         attention_mass,
                                         merge_states,
                                         gate_score,
+                                        change_basis,
                                         select_kv_cpu};
   return TABLE;
 }

@@ -34,4 +34,6 @@ const char* select_kv_cuda(const SelectParams& params, void* workspace, void* st
 
 const char* gate_score_cuda(const GateScoreParams& params, void* stream);
 
+const char* change_basis_cuda(const ChangeBasisParams& params, void* stream);
+
 }  // namespace smartkv

@@ -46,6 +46,7 @@ inline smartkv::KernelTable cuda_table() {
   table.select_kv = WITH_WORKSPACE<select_kv_workspace, select_kv_cuda>;
   table.merge_states = WITHOUT_WORKSPACE<merge_states_cuda>;
   table.gate_score = WITHOUT_WORKSPACE<gate_score_cuda>;
+  table.change_basis = WITHOUT_WORKSPACE<change_basis_cuda>;
   return table;
 }
 

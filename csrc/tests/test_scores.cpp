@@ -1,4 +1,5 @@
-// merge_states and gate_score against plain double precision.
+// merge_states, gate_score and change_basis against plain double precision.
+#include "basis_problem.h"
 #include "gate_problem.h"
 #include "not_finite.h"
 
@@ -42,6 +43,10 @@ int main() {
     check_merge_keeps_nan(*kernels);
     check_gate(*kernels, {128, 32, 1}, DType::BFLOAT16);
     check_gate(*kernels, {80, 24, 7, 1}, DType::FLOAT32);
+    for (DType dtype : {DType::FLOAT32, DType::BFLOAT16, DType::FLOAT16}) {
+      check_change_basis(*kernels, dtype, 80, 1);
+      check_change_basis(*kernels, dtype, 256, 50);
+    }
   }
   return testing::report("scores");
 }

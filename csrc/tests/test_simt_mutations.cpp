@@ -216,6 +216,11 @@ Bytes run_scores() {
                     testing::parallel());
   add(bytes, out);
   add(bytes, out_lse);
+  const HeadsView rows{o.data(), DType::FLOAT32, 400, 80, 80};
+  const std::vector<float> matrix = testing::normals(80 * 80);
+  CUDA.change_basis({rows, matrix.data(), o.data() + 80, o.data(), out.data(), 1, 5, 1, 80, 1},
+                    testing::parallel());
+  add(bytes, out);
   return bytes;
 }
 

@@ -1,4 +1,5 @@
 // select_kv on the shim, equal to the CPU's, and gate_score against double precision.
+#include "basis_problem.h"
 #include "cuda_table.h"
 #include "gate_problem.h"
 #include "not_finite.h"
@@ -72,5 +73,9 @@ int main() {
   check_gate_keeps_nan(CUDA, {64, 40, 1}, DType::BFLOAT16, 40);
   check_gate_keeps_nan(CUDA, {64, 70, 30, 1}, DType::FLOAT16, 40);
   check_merge_keeps_nan(CUDA);
+  for (DType dtype : {DType::FLOAT32, DType::BFLOAT16, DType::FLOAT16}) {
+    check_change_basis(CUDA, dtype, 80, 1);
+    check_change_basis(CUDA, dtype, 256, 9);
+  }
   return testing::report("test_simt_scores");
 }

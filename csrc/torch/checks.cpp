@@ -130,6 +130,13 @@ int check_head_dim(int64_t head_dim) {
   return static_cast<int>(head_dim);
 }
 
+int check_num_heads(int64_t num_heads, int64_t num_kv_heads, const char* name) {
+  check_int32(num_heads, "num_heads", 1);
+  check(num_heads % num_kv_heads == 0, "num_heads of ", name, " (", num_heads,
+        ") must be a multiple of num_kv_heads (", num_kv_heads, ")");
+  return static_cast<int>(num_heads);
+}
+
 int check_int32(int64_t value, const char* name, int64_t least) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   check(value >= least && value <= most, name, " must be in [", least, ", ", most, "]; got ",

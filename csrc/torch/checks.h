@@ -54,6 +54,8 @@ HeadsView heads_view(const Place& place, const Tensor& tensor, const char* name,
 
 int check_tier(int64_t bits);
 int check_head_dim(int64_t head_dim);
+// Of the tensor `name`.
+int check_num_heads(int64_t num_heads, int64_t num_kv_heads, const char* name);
 // Sizes that kernels hold in an int or in an int32 position; at least `least`.
 int check_int32(int64_t value, const char* name, int64_t least);
 

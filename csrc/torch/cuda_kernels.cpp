@@ -49,6 +49,7 @@ KernelTable make_table() {
   table.attention_mass = WITH_WORKSPACE<attention_mass_workspace, attention_mass_cuda>;
   table.merge_states = WITHOUT_WORKSPACE<merge_states_cuda>;
   table.gate_score = WITHOUT_WORKSPACE<gate_score_cuda>;
+  table.change_basis = WITHOUT_WORKSPACE<change_basis_cuda>;
   table.select_kv = WITH_WORKSPACE<select_kv_workspace, select_kv_cuda>;
   return table;
 }

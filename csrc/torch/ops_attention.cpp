@@ -29,13 +29,6 @@ const int64_t* check_query(const Place& place, int64_t q_len, const Tensor& q_st
   return start;
 }
 
-int check_num_heads(int64_t num_heads, int64_t num_kv_heads) {
-  check_int32(num_heads, "num_heads", 1);
-  check(num_heads % num_kv_heads == 0, "num_heads of q (", num_heads,
-        ") must be a multiple of num_kv_heads (", num_kv_heads, ")");
-  return static_cast<int>(num_heads);
-}
-
 void check_read_pages(const PagedInput& input) {
   for (int64_t list = 0; list < num_lists(input.cache); ++list) {
     check_pages(input, list, 0, pages_for(input.cache.cache_seqlens[list]));
@@ -64,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
   const int64_t num_heads = q.size(1), q_len = q.size(2);
   check_shape(q, "q", {batch, num_heads, q_len, cache.head_dim},
               "(batch, num_heads, q_len, head_dim)");
-  params.num_heads = check_num_heads(num_heads, num_kv_heads);
+  params.num_heads = check_num_heads(num_heads, num_kv_heads, "q");
   params.q_start = check_query(place, q_len, q_start, softmax_scale, sliding_window);
   const int64_t window_len = check_int32(k_window.size(2), "window_len", 0);
   const Shape window = {batch, num_kv_heads, window_len, cache.head_dim};
@@ -111,7 +104,7 @@ Tensor attention_mass(const Tensor& q, const Tensor& k, const Tensor& k_position
               "(batch, num_kv_heads, kv_len, head_dim)");
   params.batch = check_int32(sizes[0], "batch", 1);
   params.num_kv_heads = check_int32(num_kv_heads, "num_kv_heads", 1);
-  params.num_heads = check_num_heads(sizes[1], num_kv_heads);
+  params.num_heads = check_num_heads(sizes[1], num_kv_heads, "q");
   params.head_dim = check_head_dim(sizes[3]);
   params.q_len = sizes[2];
   params.kv_len = check_int32(kv_len, "kv_len", 0);

@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY(smartkv, m) {
       "Tensor targets, Tensor k_mean, int[] tier_bits, str levels, ScalarType dtype) -> ()");
   m.def("merge_states(Tensor o, Tensor lse) -> (Tensor, Tensor)");
   m.def("gate_score(Tensor[] keys, Tensor[] weights, Tensor[] biases) -> Tensor");
+  m.def("change_basis(Tensor x, Tensor matrix, Tensor? origin=None, Tensor? shift=None) -> Tensor");
 }
 
 // `import smartkv_ext._C` runs the registrations above; the module itself is empty.

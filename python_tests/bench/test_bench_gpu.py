@@ -195,7 +195,7 @@ def commands(tmp_path, *parts):
 
 def test_script_gives_benchmarks_options_that_they_have(tmp_path):
     called = [line for line in commands(tmp_path, "bench", "generate") if line[1].startswith("bench.")]
-    assert len(called) == 13 and called[-1] == ["-m", "bench.gpu_report", str(tmp_path / "out")]
+    assert len(called) == 14 and called[-1] == ["-m", "bench.gpu_report", str(tmp_path / "out")]
     for _, module, *arguments in called:
         app = typer.Typer()
         app.command()(importlib.import_module(module).main)
@@ -229,9 +229,9 @@ def test_script_goes_on_after_a_failure(tmp_path):
     assert {name for name, step in steps.items() if step["status"]} == {"bench_select"}
     assert steps["bench_select"]["status"] == 3 and "result" not in steps["bench_select"]
     assert steps["bench_merge"]["result"] == {"a": 1} and "bench.merge_states" in steps["bench_merge"]["command"]
-    assert len(steps) == 12 and "broken" in done.stdout
+    assert len(steps) == 13 and "broken" in done.stdout
     with tarfile.open(bundle) as archive:
-        assert sum(name.endswith(".step") for name in archive.getnames()) == 12
+        assert sum(name.endswith(".step") for name in archive.getnames()) == 13
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")

@@ -51,6 +51,11 @@ CASES = {
     ),
     "select_kv": (["--kv-len", N, "--heads", KV_HEADS, "--head-dim", D], KV_HEADS * N * 6, set()),
     "merge_states": (["--heads", HEADS, "--head-dim", D, "--states", 3], 4 * HEADS * (D * 2 + 4), set()),
+    "change_basis": (
+        ["--heads", HEADS, "--kv-heads", KV_HEADS, "--head-dim", D, "--tokens", 3],
+        2 * HEADS * 3 * D * 2 + KV_HEADS * 4 * (D * D + D),
+        set(),
+    ),
 }
 
 

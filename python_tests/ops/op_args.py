@@ -112,6 +112,13 @@ def gate_args() -> dict[str, Any]:
     }
 
 
+def basis_args() -> dict[str, Any]:
+    return {
+        "x": torch.randn(2, 6, 9, 64), "matrix": torch.randn(3, 64, 64), "origin": torch.randn(3, 64),
+        "shift": torch.randn(3, 64),
+    }  # fmt: skip
+
+
 MAKE: dict[str, Callable[[], dict[str, Any]]] = {
     "quantize_kv": quantize_args,
     "dequantize_kv": dequantize_args,
@@ -122,6 +129,7 @@ MAKE: dict[str, Callable[[], dict[str, Any]]] = {
     "merge_states": merge_args,
     "select_kv": select_args,
     "gate_score": gate_args,
+    "change_basis": basis_args,
 }
 
 

@@ -140,6 +140,9 @@ def test_scores(device: str) -> None:
     for ours, want in zip(ops.merge_states(*to([o, lse], device)), reference.merge_states(o, lse), strict=True):
         torch.testing.assert_close(ours.cpu(), want)
 
+    args = [torch.randn(2, 6, 5, 80), torch.randn(3, 80, 80), torch.randn(3, 80), torch.randn(3, 80)]
+    torch.testing.assert_close(ops.change_basis(*to(args, device)).cpu(), reference.change_basis(*args))
+
     for n, dtype, atol in ((3, torch.bfloat16, 1e-3), (100, torch.float32, 1e-3), (100, torch.bfloat16, 0.1)):
         keys = [torch.randn(1, 2, n, 128).to(dtype) for _ in range(2)]
         weights = [torch.randn(2, 2, o, i) * i**-0.5 for i, o in ((128, 256), (256, 256), (256, 1))]

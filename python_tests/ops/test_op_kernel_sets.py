@@ -43,7 +43,7 @@ def run_all() -> dict[str, Any]:
             )  # fmt: skip
         compact(ops, cache, random_targets(cache))
         out[f"bytes compact {head_dim}"] = torch.cat([p.flatten() for p in cache.pools])
-    for op in ("dequantize_kv", "attention_mass", "merge_states", "gate_score", "select_kv"):
+    for op in ("dequantize_kv", "attention_mass", "merge_states", "gate_score", "select_kv", "change_basis"):
         result = getattr(ops, op)(**MAKE[op]())
         out[op] = (result,) if isinstance(result, torch.Tensor) else result
     return out

@@ -16,7 +16,7 @@ from .smollm2 import FOLDER
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "gguf")  # of interest in a bug report
 OPS = (
     "quantize_kv", "dequantize_kv", "append_kv", "decode_attention", "attention_mass", "select_kv", "compact_kv",
-    "merge_states", "gate_score",
+    "merge_states", "gate_score", "change_basis",
 )  # fmt: skip
 
 

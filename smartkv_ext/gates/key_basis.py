@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from smartkv_ext import ops
+
 MAX_CONDITION = 1e3  # of a matrix: above, keys rounded to bfloat16 would lose more than their codes
 
 
@@ -41,25 +43,23 @@ class _Affine(LayerBasis):
     def __init__(self, matrix: torch.Tensor, centre: torch.Tensor, device: torch.device) -> None:
         inverse = torch.linalg.inv(matrix)
         self._to, self._from, self._queries, self._centre = (
-            x.float().contiguous().to(device) for x in (matrix.mT, inverse.mT, inverse, centre[:, None])
+            x.float().contiguous().to(device) for x in (matrix.mT, inverse.mT, inverse, centre)
         )
 
     def keys(self, k: torch.Tensor) -> torch.Tensor:
         # The centre first: it may be a hundred times what is left, and a product of it would round what is left away.
-        return ((k.float() - self._centre) @ self._to).to(k.dtype)
+        return ops.change_basis(k, self._to, origin=self._centre)
 
     def model_keys(self, k: torch.Tensor) -> torch.Tensor:
-        return (k.float() @ self._from + self._centre).to(k.dtype)
+        return ops.change_basis(k, self._from, shift=self._centre)
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
-        return (self._by_kv_head(q) @ self._queries).to(q.dtype).view(q.shape)
+        return ops.change_basis(q, self._queries)
 
     def model_lse(self, lse: torch.Tensor, q: torch.Tensor, softmax_scale: float) -> torch.Tensor:
-        return lse + softmax_scale * (self._by_kv_head(q) * self._centre).sum(-1).view(lse.shape)
-
-    def _by_kv_head(self, q: torch.Tensor) -> torch.Tensor:
-        """(batch, num_kv_heads, queries of the group, head_dim) float32."""
-        return q.float().reshape(q.shape[0], len(self._centre), -1, q.shape[-1])
+        grouped = q.float().unflatten(1, (len(self._centre), -1))
+        gone: torch.Tensor = (grouped * self._centre[:, None, None]).sum(-1)
+        return lse + softmax_scale * gone.view(lse.shape)
 
 
 class KeyBasis:

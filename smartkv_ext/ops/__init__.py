@@ -14,6 +14,7 @@ from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, PageLayout, page_layo
 
 from . import _fakes as _fakes
 from .attention import attention_mass, decode_attention, merge_states
+from .basis import change_basis
 from .info import available_kernel_sets, build_info, cpu_features, kernel_set_name
 from .memory import empty_pool
 from .pages import append_kv, compact_kv, dequantize_kv, quantize_kv
@@ -27,6 +28,7 @@ __all__ = [
     "attention_mass",
     "available_kernel_sets",
     "build_info",
+    "change_basis",
     "compact_kv",
     "cpu_features",
     "decode_attention",

@@ -120,6 +120,10 @@ def gate_score(keys: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequen
     return keys[0].new_empty((len(keys), *keys[0].shape[:-1]), dtype=torch.float32)
 
 
+def change_basis(x: Tensor, matrix: Tensor, origin: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 for _fake in (
     quantize_kv,
     dequantize_kv,
@@ -130,5 +134,6 @@ for _fake in (
     compact_kv,
     merge_states,
     gate_score,
+    change_basis,
 ):
     torch.library.register_fake(f"smartkv::{_fake.__name__}", _fake)

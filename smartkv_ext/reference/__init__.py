@@ -2,6 +2,7 @@
 alone."""
 
 from .attention import attention_mass, decode_attention, merge_states
+from .basis import change_basis
 from .gate import gate_score
 from .hadamard import rotate
 from .quantizer import append_kv, compact_kv, dequantize_kv, quantize_kv
@@ -10,6 +11,7 @@ from .select import select_kv
 __all__ = [
     "append_kv",
     "attention_mass",
+    "change_basis",
     "compact_kv",
     "decode_attention",
     "dequantize_kv",

@@ -150,6 +150,17 @@ struct GateScoreParams {
   int64_t kv_len;
 };
 
+// (x - origin) times the matrix of the row's KV head, + shift.
+struct ChangeBasisParams {
+  HeadsView x;          // [batch, num_heads, n, head_dim]
+  const float* matrix;  // [num_kv_heads, head_dim, head_dim] contiguous, in by out
+  const float* origin;  // [num_kv_heads, head_dim] contiguous, or null: none
+  const float* shift;   // likewise
+  void* out;            // [batch, num_heads, n, head_dim] contiguous, dtype of x
+  int batch, num_heads, num_kv_heads, head_dim;
+  int64_t n;
+};
+
 struct SelectParams {
   const float* scores;     // [groups, heads, n]; -inf: not a candidate
   const int8_t* current;   // [groups, heads, n]: present tier, num_tiers: still in full precision,
@@ -176,6 +187,7 @@ struct KernelTable {
   void (*attention_mass)(const AttentionMassParams&, const Parallel&);
   void (*merge_states)(const MergeStatesParams&, const Parallel&);
   void (*gate_score)(const GateScoreParams&, const Parallel&);
+  void (*change_basis)(const ChangeBasisParams&, const Parallel&);
   void (*select_kv)(const SelectParams&, const Parallel&);
 };
 
