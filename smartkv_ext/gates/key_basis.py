@@ -82,7 +82,7 @@ class KeyBasis:
         condition = torch.linalg.cond(self.packed[:, :, :-1].double())
         if not bool((condition < MAX_CONDITION).all()):
             raise ValueError(f"key_basis must have matrices of condition below {MAX_CONDITION:g}")
-        self._placed: dict[tuple[int, str, int, int], LayerBasis] = {}
+        self._placed: dict[tuple[int, torch.device, int, int], LayerBasis] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -92,7 +92,7 @@ class KeyBasis:
 
     def of_layer(self, layer_idx: int, device: torch.device, first_head: int, num_kv_heads: int) -> LayerBasis:
         """The basis of some heads of a layer, copied to a device once."""
-        where = (layer_idx, str(device), first_head, num_kv_heads)
+        where = (layer_idx, device, first_head, num_kv_heads)
         if where not in self._placed:
             with torch.inference_mode(False):  # made once, for callers outside of that mode too
                 mine = self.packed[layer_idx, first_head : first_head + num_kv_heads].double()
