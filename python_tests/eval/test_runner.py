@@ -61,6 +61,9 @@ def test_resume(model, tmp_path):
     assert len(said) == 1 and said[0].endswith("| 3 of 3 methods skipped: rows.jsonl has their rows already (3)")
     assert later[:-1] == first and later[-1]["method"] == get_method(METHODS[2]).spec
     assert "cut o" not in path.read_text()
+    path.write_text(json.dumps(first[0] | {"defaults": 2}) + "\n")  # measured before a default changed
+    with pytest.raises(ValueError, match="other defaults of the methods: name a new file"):
+        Results(path)
     path.write_text("no json\n{}\n")
     with pytest.raises(ValueError, match="line 1"):
         Results(path)

@@ -36,6 +36,7 @@ from .prompt import split_prompt
 from .recording import Recording, record
 
 FORMAT = 1  # of a row
+DEFAULTS = 3  # goes up when a method comes to mean something else by default: tiers (2), the basis of keys (3)
 Row = dict[str, Any]
 
 
@@ -53,7 +54,8 @@ class Settings:
 
     def facts(self) -> Row:
         """Columns of every row."""
-        return {"format": FORMAT, "model": self.model_name, "dtype": self.dtype, "query_aware": self.query_aware}
+        facts = {"model": self.model_name, "dtype": self.dtype, "query_aware": self.query_aware}
+        return {"format": FORMAT, "defaults": DEFAULTS, **facts}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -80,7 +82,12 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.done = Counter(self.key(row) for row in read_rows(path))  # rows of each measurement
+        rows = read_rows(path)
+        if any(row.get("defaults", 1) != DEFAULTS for row in rows):
+            raise ValueError(
+                f"{path} has rows measured with other defaults of the methods: name a new file"
+            )
+        self.done = Counter(self.key(row) for row in rows)  # rows of each measurement
         self._cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
 
     @staticmethod
