@@ -84,9 +84,7 @@ class Results:
         self.path = path
         rows = read_rows(path)
         if any(row.get("defaults", 1) != DEFAULTS for row in rows):
-            raise ValueError(
-                f"{path} has rows measured with other defaults of the methods: name a new file"
-            )
+            raise ValueError(f"{path} has rows measured with other defaults of the methods: name a new file")
         self.done = Counter(self.key(row) for row in rows)  # rows of each measurement
         self._cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
 
