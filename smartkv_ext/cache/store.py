@@ -150,7 +150,7 @@ class PagedStore:
                 self._number_pages(t, _order(wanted[:, :, t]) + len(pool), wanted[:, :, t])
                 grown = ops.empty_pool(counts[t], pool.shape[1], pool.device)
                 grown[: len(pool)] = pool
-                grown[len(pool) :] = 0
+                grown[len(pool) :].zero_()
                 self.pools[t] = grown
 
     def _trim(self) -> None:
