@@ -105,7 +105,8 @@ def test_bytes_are_counted_and_weights_are_reported():
         model(ids, past_key_values=cache)
     report = cache.report()
     assert report.total_bytes <= 0.25 * report.full_bytes
-    assert report.shared_bytes == 4 * policy.gates.num_parameters and "shared" in str(report)
+    assert report.shared_bytes == 4 * policy.gates.num_parameters and report.key_basis_bytes == 0
+    assert "gate weights, shared" in str(report)
 
 
 def test_a_wrong_model_is_refused():

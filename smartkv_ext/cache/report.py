@@ -24,6 +24,7 @@ class CacheReport:
     batch_size: int
     policy: str = ""  # its title: what "auto" chose, for one
     shared_bytes: int = 0  # gate weights and key basis, once per process for all caches: not in total_bytes
+    key_basis_bytes: int = 0  # of shared_bytes; 0: keys are held as the model has them
 
     @property
     def ratio(self) -> float:
@@ -41,8 +42,9 @@ class CacheReport:
         ]
         lines += [f"  {name:<16}{size:>14,}" for name, size in self.parts.items() if size]
         if self.shared_bytes:
-            what = "gate weights and key basis, shared by all caches, not counted above"
-            lines.append(f"  {'shared':<16}{self.shared_bytes:>14,}  {what}")
+            sizes = {"gate weights": self.shared_bytes - self.key_basis_bytes, "key basis": self.key_basis_bytes}
+            what = " and ".join(name for name, size in sizes.items() if size)
+            lines.append(f"  {'shared':<16}{self.shared_bytes:>14,}  {what}, shared by all caches, not counted above")
         if self.policy:
             lines.append(f"  policy          {self.policy}")
         kept = ", ".join(f"{name}: {count:.1f}" for name, count in self.tokens_per_tier.items() if count)
@@ -106,5 +108,6 @@ def report(layers: list[SmartKVLayer]) -> CacheReport:
     kept["evicted"] = max(sum(rows) * share - sum(kept.values()), 0.0)
     longest = int(max(layer.row_tokens.max() for layer in active))
     policy, basis = first.config.policy, first.config.key_basis
-    shared = policy.shared_bytes + (0 if basis is None else basis.num_bytes)
-    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch, policy.title, shared)
+    of_basis = 0 if basis is None else basis.num_bytes
+    shared = policy.shared_bytes + of_basis
+    return CacheReport(sum(parts.values()), full, parts, longest, kept, batch, policy.title, shared, of_basis)

@@ -32,11 +32,20 @@ def ask_for_huge_pages(x: torch.Tensor) -> bool:
     return madvise is not None and size > 0 and madvise(begin, size, MADV_HUGEPAGE) == 0
 
 
-def empty_pool(num_pages: int, page_bytes: int, device: torch.device) -> torch.Tensor:
-    """Memory for the pages of a tier: (num_pages, page_bytes) uint8, uninitialised, 64-byte aligned; page_bytes is that
-    of ``page_layout``. On a CPU a large one asks the system for pages of 2 MB: a kernel that reads a long cache once
-    per token waits for translations of addresses too, and they need a five-hundredth of them."""
+def empty_pool(num_pages: int, page_bytes: int, device: torch.device | str) -> torch.Tensor:
+    """Memory for the pages of a tier, uninitialised: ``append_kv`` writes what is read of it.
+
+    On a CPU a large one asks the system for pages of 2 MB: a kernel that reads a long cache once per token waits for
+    translations of addresses too, and they need a five-hundredth of them.
+
+    Args:
+        num_pages: pages of 64 records; 0 is allowed.
+        page_bytes: of one, ``page_layout(tier, head_dim, itemsize).page_bytes``.
+
+    Returns:
+        (num_pages, page_bytes) uint8, contiguous, 64-byte aligned.
+    """
     pool = torch.empty(num_pages, page_bytes, dtype=torch.uint8, device=device)
-    if device.type == "cpu" and pool.nbytes >= 2 * HUGE_PAGE:
+    if pool.device.type == "cpu" and pool.nbytes >= 2 * HUGE_PAGE:
         ask_for_huge_pages(pool)
     return pool
