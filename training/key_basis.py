@@ -66,7 +66,7 @@ def main(
     text: Annotated[list[str] | None, typer.Option(help="sources instead of the recipe's; repeatable")] = None,
     model: Annotated[str | None, typer.Option(help="other than the recipe's")] = None,
     pieces: Annotated[int, typer.Option(help="texts", min=1)] = 8,
-    tokens: Annotated[int, typer.Option(help="of each", min=2)] = 3072,
+    tokens: Annotated[int, typer.Option(help="of each", min=128)] = 3072,
     strength: Annotated[float, typer.Option(help="power of the balancing map", min=0, max=1)] = STRENGTH,
 ) -> None:
     """Print a row per layer; last line JSON."""
