@@ -12,8 +12,8 @@ constexpr int CHANNELS_PER_LANE = MAX_HEAD_DIM / WARP;
 
 // Kernels
 
-// A warp per row, a lane per channel; blocks stride over rows. A decode step has a few rows and a
-// prefill spends its time elsewhere, so matrices come from the caches, line by line.
+// A warp per row, a lane per channel; blocks stride over rows. Made for the few rows of a decode
+// step: every row reads its matrix from the caches anew, which a long prefill pays row by row.
 // grid_shape: [min(rows / 4, most_blocks())].
 template <typename scalar_t>
 __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK)
