@@ -21,6 +21,7 @@ from bench.models import load, text_ids
 from bench.output import show
 from smartkv_ext import SmartKVCache
 from smartkv_ext.gates import Gates, ModelFacts, shipped_gates
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import get_policy
 from training.recording import LayerCall, recording
 
@@ -69,8 +70,8 @@ def main(
         whole = {"prefill": cpu_seconds(lambda: network.base_model(ids, use_cache=False), rounds)}
         cache = SmartKVCache(network.config, policy=get_policy("gate", gates=learned))
         with smartkv_ext.patch(network):
-            network(ids, past_key_values=cache, logits_to_keep=1)
-            whole["decode"] = cpu_seconds(lambda: network(ids[:, -1:], past_key_values=cache), steps)
+            network(ids, **cache_kwargs(cache), logits_to_keep=1)
+            whole["decode"] = cpu_seconds(lambda: network(ids[:, -1:], **cache_kwargs(cache)), steps)
     rows: list[dict[str, Any]] = [
         {
             "phase": name,

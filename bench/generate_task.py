@@ -24,6 +24,7 @@ from bench.models import load, text_ids
 from bench.resident import CudaMemory, ResidentMemory
 from bench.timing import cpu_seconds_of_others
 from smartkv_ext import ReplayedDecoder, SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 
 WARM_UP = 96  # tokens
 PROBE = 8  # tokens decoded at the end with clocks around the attention modules
@@ -40,13 +41,13 @@ def prefill(network: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float:
     """Seconds to feed ids (1, n); ``chunk``: tokens per forward, 0: all at once."""
     start = now(ids.device)
     for part in ids.split(chunk or ids.shape[1], dim=1):
-        network(part, past_key_values=cache, logits_to_keep=1)
+        network(part, **cache_kwargs(cache), logits_to_keep=1)
     return now(ids.device) - start
 
 
 def plain_step(network: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     """(1, vocabulary) logits behind ids (1, 1)."""
-    logits: torch.Tensor = network(ids, past_key_values=cache).logits
+    logits: torch.Tensor = network(ids, **cache_kwargs(cache)).logits
     return logits[:, -1]
 
 
@@ -140,7 +141,7 @@ class Task:
             start, attention = self.context + len(times), []
             for i in range(start, start + PROBE) if self.device == "cpu" else ():  # clocks of the host
                 with attention_clock(network) as clock:
-                    network(ids[:, i : i + 1], past_key_values=cache)
+                    network(ids[:, i : i + 1], **cache_kwargs(cache))
                 attention.append(clock[0])
         return {
             "prefill_tokens_per_s": self.context / prefill_seconds,

@@ -18,6 +18,7 @@ from bench.models import load, text_ids
 from bench.output import show
 from smartkv_ext import SmartKVCache
 from smartkv_ext.eval.methods import smartkv_arguments
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.reference.layout import TIERS, tier_name
 
 ALL_KEPT = [f"tiers={tier_name(tier)}" for tier in reversed(TIERS)] + ["tiers=4 levels=uniform mean_shift=0"]
@@ -46,15 +47,15 @@ def main(
     rows = []
     with torch.no_grad():
         cache: Any = DynamicCache()
-        network(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
-        full = network(ids[:, prefill:], past_key_values=cache).logits[0].float().log_softmax(-1)
+        network(ids[:, :prefill], **cache_kwargs(cache), logits_to_keep=1)
+        full = network(ids[:, prefill:], **cache_kwargs(cache)).logits[0].float().log_softmax(-1)
         del cache
         with smartkv_ext.patch(network):
             for item in setting:
                 cache = SmartKVCache(network.config, **parse(item))
-                network(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
+                network(ids[:, :prefill], **cache_kwargs(cache), logits_to_keep=1)
                 report = cache.report()
-                ours = network(ids[:, prefill:], past_key_values=cache).logits[0].float().log_softmax(-1)
+                ours = network(ids[:, prefill:], **cache_kwargs(cache)).logits[0].float().log_softmax(-1)
                 rows.append({
                     "setting": item,
                     "ratio": report.ratio,

@@ -26,6 +26,7 @@ import smartkv_ext
 from bench.models import load
 from bench.output import show
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import Policy, TokenView
 from smartkv_ext.policies.gate import NEAR
 from training.collect import Collector
@@ -184,9 +185,9 @@ class CompactGates:
 @torch.no_grad()
 def continued(network: Any, ids: torch.Tensor, prefill: int, cache: Any) -> tuple[torch.Tensor, Any]:
     """Log-probabilities (n, vocabulary) of the tokens after ``prefill``, and what the cache reported before them."""
-    network(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
+    network(ids[:, :prefill], **cache_kwargs(cache), logits_to_keep=1)
     report = cache.report() if isinstance(cache, SmartKVCache) else None
-    return network(ids[:, prefill:], past_key_values=cache).logits[0].float().log_softmax(-1), report
+    return network(ids[:, prefill:], **cache_kwargs(cache)).logits[0].float().log_softmax(-1), report
 
 
 def main(

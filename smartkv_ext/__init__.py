@@ -1,13 +1,25 @@
 """SmartKV: a key-value cache that is small for real. See README.md."""
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import cache, eval, gates, hf, ops, policies, quant, reference
     from .cache import CacheReport, SmartKVCache
-    from .hf import PatchHandle, ReplayedDecoder, patch
+    from .hf import PatchHandle, ReplayedDecoder, cache_kwargs, patch, unpatch
 
-__all__ = ["CacheReport", "PatchHandle", "ReplayedDecoder", "SmartKVCache", "patch"]
+# Names and where they are. transformers takes seconds to import: whoever wants only the ops does not pay for it.
+_HOMES = {
+    "SmartKVCache": "cache", "CacheReport": "cache", "patch": "hf", "unpatch": "hf", "PatchHandle": "hf",
+    "ReplayedDecoder": "hf", "cache_kwargs": "hf",
+}  # fmt: skip
+_PARTS = ("cache", "eval", "gates", "hf", "ops", "policies", "quant", "reference")
+
+__all__ = [
+    "CacheReport", "PatchHandle", "ReplayedDecoder", "SmartKVCache", "cache", "cache_kwargs", "eval", "gates", "hf",
+    "ops", "patch", "policies", "quant", "reference", "unpatch",
+]  # fmt: skip
 
 try:
     __version__ = version("smartkv-ext")
@@ -16,13 +28,24 @@ except PackageNotFoundError:  # used from a source tree that was never installed
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import: whoever wants only the ops does not pay for it.
-    if name in ("SmartKVCache", "CacheReport"):
-        from . import cache
+    if name in _PARTS:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOMES:
+        if name == "SmartKVCache":
+            from .cache import cache
 
-        return getattr(cache, name)
-    if name in ("patch", "PatchHandle", "ReplayedDecoder"):
-        from . import hf
-
-        return getattr(hf, name)
+            cache.prepare_model = _prepare_model
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _prepare_model(model: Any) -> None:
+    """For ``SmartKVCache(model)``: the front door is the one place that knows the cache and its seat in models."""
+    from .hf import is_patched, patch
+
+    if not is_patched(model):
+        patch(model)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

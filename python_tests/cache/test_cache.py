@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.quant import QuantSpec, parse_budget
 
 
@@ -45,14 +46,14 @@ def test_budget_is_kept_and_accounting_is_exact(policy, dtype):
     ids, _mask = prompts(1, 1024)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.125, policy=policy, window=128)
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
         for step in range(80):
             report = cache.report()
             assert report.full_bytes == (1024 + step) * 4 * 2 * 64 * 4
             assert report.total_bytes <= 0.125 * report.full_bytes, (step, str(report))
             assert abs(held_bytes(cache) - report.total_bytes) <= 0.02 * report.total_bytes
             assert sum(report.parts.values()) == report.total_bytes
-            model(ids[:, step : step + 1], past_key_values=cache)
+            model(ids[:, step : step + 1], **cache_kwargs(cache))
     assert report.total_bytes >= 0.085 * report.full_bytes, f"bytes are left unused: {report}"
 
 
@@ -62,7 +63,7 @@ def test_budget_is_kept_in_every_scope(scope):
     ids, mask = prompts(2, 1500)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.125, policy="keydiff", window=128, scope=scope)
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_kwargs(cache))
     report = cache.report()
     assert report.total_bytes <= 0.125 * report.full_bytes, str(report)
 
@@ -74,7 +75,7 @@ def test_budget_is_kept_by_rows_of_very_different_length(budget):
     mask[1, :2980] = 0
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=budget, policy="knorm", window=128)
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_kwargs(cache))
     report = cache.report()
     limit = 400_000 if budget == "400kB" else 0.125 * report.full_bytes
     assert report.total_bytes <= limit, str(report)
@@ -86,7 +87,7 @@ def test_fixed_bytes_hold_while_the_context_grows():
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget="300kB", policy="knorm", window=32)
         for start in range(0, 2400, 150):
-            model(ids[:, start % 600 : start % 600 + 150], past_key_values=cache)
+            model(ids[:, start % 600 : start % 600 + 150], **cache_kwargs(cache))
             assert cache.report().total_bytes <= 300_000
     kept = cache.report().tokens_per_tier
     assert kept["evicted"] > 500
@@ -97,7 +98,7 @@ def test_unlimited_budget_takes_the_highest_tier():
     ids, _mask = prompts(1, 300)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(4,))
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
     assert cache.report().tokens_per_tier == {"window": 132.0, "4": 168.0, "evicted": 0.0}
 
 
@@ -107,7 +108,7 @@ def test_ragged_rows_hold_their_own_tokens():
     ids, mask = prompts(3, 300)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(8,), window=16)
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_kwargs(cache))
     for layer in cache.layers:
         positions = torch.cat(
             [layer.store.positions().flatten(2), layer.window.held_positions()[:, None].expand(-1, 2, -1)], 2
@@ -166,7 +167,7 @@ def test_load_refuses_what_it_cannot_trust(tmp_path):
     path = tmp_path / "cache.safetensors"
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
     cache.save(path)
     with pytest.raises(ValueError, match="belongs to another model"):
         SmartKVCache.load(path, tiny("qwen2", num_hidden_layers=3).config)
@@ -229,10 +230,8 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 
 def test_bad_models_are_named():
-    with pytest.raises(
-        TypeError, match=r"config must be a transformers config, as model.config is; got Qwen2ForCausal"
-    ):
-        SmartKVCache(tiny("qwen2"))
+    with pytest.raises(TypeError, match=r"config must be a transformers config, as model.config is; got str"):
+        SmartKVCache("qwen2")
     with pytest.raises(ValueError, match="head_dim must be one of 64, 80, 96, 128, 256; got 32"):
         SmartKVCache(tiny("qwen3", head_dim=32).config)
     with pytest.raises(ValueError, match="scope must be head or layer"):
@@ -250,17 +249,17 @@ def test_misuse_of_the_integration():
     with pytest.raises(ValueError, match="already patched"):
         smartkv_ext.patch(model)
     with pytest.raises(NotImplementedError, match="4D"):
-        model(ids, attention_mask=torch.ones(2, 1, 150, 150), past_key_values=SmartKVCache(model.config))
+        model(ids, attention_mask=torch.ones(2, 1, 150, 150), **cache_kwargs(SmartKVCache(model.config)))
     with pytest.raises(NotImplementedError, match="output_attentions must be False"):
-        model(ids, output_attentions=True, past_key_values=SmartKVCache(model.config))
+        model(ids, output_attentions=True, **cache_kwargs(SmartKVCache(model.config)))
     cache = SmartKVCache(model.config)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_kwargs(cache))
         with pytest.raises(ValueError, match="key_states must be"):
-            model(ids[:1, :1], past_key_values=cache)
+            model(ids[:1, :1], **cache_kwargs(cache))
         model.to(torch.bfloat16)
         with pytest.raises(ValueError, match=r"torch\.bfloat16"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_kwargs(cache))
     with pytest.raises(NotImplementedError, match="offloading"):
         cache.layers[0].offload()
     handle.remove()
@@ -274,14 +273,14 @@ def test_a_failed_step_leaves_the_cache_as_it_was():
     ids, _mask = prompts(1, 900)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget="200kB", policy="full", window=16, tiers=("K4V3",))
-        model(ids[:, :100], past_key_values=cache)
+        model(ids[:, :100], **cache_kwargs(cache))
         before = copy.deepcopy(cache)
         with pytest.raises(ValueError, match=r"budget is too small for .* at K4V3 bits .*, allow a lower tier,"):
-            model(ids[:, 100:], past_key_values=cache)
+            model(ids[:, 100:], **cache_kwargs(cache))
         assert cache.get_seq_length() == 100
         assert {layer.seen for layer in cache.layers} == {100}
-        a = model(ids[:, :3], past_key_values=cache).logits
-        b = model(ids[:, :3], past_key_values=before).logits
+        a = model(ids[:, :3], **cache_kwargs(cache)).logits
+        b = model(ids[:, :3], **cache_kwargs(before)).logits
     assert torch.equal(a, b)
 
 

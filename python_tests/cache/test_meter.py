@@ -9,6 +9,7 @@ from hf.tiny import prompts, tiny
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies.features import FeaturePolicy
 
 
@@ -57,7 +58,7 @@ def run(model, ids, mask, chunks, policy, **kwargs):
             end = begin + size
             model(
                 ids[:, begin:end], attention_mask=mask[:, :end], position_ids=positions[:, begin:end],
-                past_key_values=cache,
+                **cache_kwargs(cache),
             )  # fmt: skip
             begin = end
     return cache

@@ -17,6 +17,7 @@ from smartkv_ext.cli.errors import CliError
 from smartkv_ext.cli.models import load_model
 from smartkv_ext.cli.prompt import build_prompt
 from smartkv_ext.cli.smollm2 import ensure
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import POLICIES
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def test_full_answer_is_greedy_generate(folder, document):
     model, tokenizer = load_model(str(folder))
     prompt = build_prompt(tokenizer, DOCUMENT, "Which number?")
     ids = torch.cat([prompt.document, prompt.question], 1)
-    out = model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    out = model.generate(ids, **cache_kwargs(DynamicCache()), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     expected = out.tolist()
     assert found == (expected[: expected.index(0)] if 0 in expected else expected)
 

@@ -7,6 +7,7 @@ from python_tests.hf.tiny import prompts, tiny
 from smartkv_ext import SmartKVCache, patch
 from smartkv_ext.eval.methods import get_method, held
 from smartkv_ext.eval.recording import Recording, record, replay
+from smartkv_ext.hf import cache_kwargs
 
 POLICIES = ["keydiff", "snapkv", "h2o", "expected_attention", "hybrid"]
 
@@ -19,9 +20,9 @@ def test_replay_equals_prefill(kind, policy):
     with torch.no_grad(), patch(model):
         recording = record(model, ids[:, :380])
         caches = [SmartKVCache(model.config, budget=0.25, policy=policy, window=32) for _ in range(2)]
-        model(ids[:, :380], past_key_values=caches[0])
+        model(ids[:, :380], **cache_kwargs(caches[0]))
         replay(recording, caches[1])
-        logits = [model(ids[:, 380:], past_key_values=cache).logits for cache in caches]
+        logits = [model(ids[:, 380:], **cache_kwargs(cache)).logits for cache in caches]
     assert torch.equal(logits[0], logits[1])
     assert caches[0].report() == caches[1].report()
 
@@ -47,7 +48,7 @@ def test_replay_into_other_caches():
         with patch(model):
             recording = record(model, ids[:, :140])
             cache = get_method("full").prefill(model, recording)
-            logits = model(ids[:, 140:], past_key_values=cache).logits
+            logits = model(ids[:, 140:], **cache_kwargs(cache)).logits
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
     expected = model(ids[:, :140]).logits[0, -1].log_softmax(-1)
     torch.testing.assert_close(recording.next_token, expected, atol=1e-4, rtol=1e-4)

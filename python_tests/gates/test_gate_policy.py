@@ -11,6 +11,7 @@ from policies.views import make_records, make_view, valid
 import smartkv_ext
 from smartkv_ext import SmartKVCache
 from smartkv_ext.gates import ModelFacts
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.hf.gate_check import sketch_of
 from smartkv_ext.hf.patching import attention_modules
 from smartkv_ext.policies import get_policy
@@ -44,7 +45,7 @@ def test_the_cache_keeps_what_the_gate_ranks_highest(chunks):
     want = own_scores(model, ids, policy.gates)
     with smartkv_ext.patch(model), torch.no_grad():
         for piece in ids.split(chunks, 1):
-            model(piece, past_key_values=cache)
+            model(piece, **cache_kwargs(cache))
     for i, layer in enumerate(cache.layers):
         assert layer.arrived is None
         positions, scores = layer.store.positions()[0, :, 0], layer.store.scores()[0, :, 0]
@@ -68,10 +69,10 @@ def test_a_decoding_step_scores_all_layers_in_one_launch(monkeypatch):
     monkeypatch.setattr(policy.gates, "score", lambda keys, *rest: launches.append(len(keys)) or score(keys, *rest))
     cache = SmartKVCache(model.config, budget=None, policy=policy, window=16)
     with smartkv_ext.patch(model), torch.no_grad():
-        model(ids[:, :50], past_key_values=cache)
+        model(ids[:, :50], **cache_kwargs(cache))
         assert launches == [1] * 4
         for i in range(50, 60):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **cache_kwargs(cache))
     assert launches[4:] == [4] * 10
 
 
@@ -82,9 +83,9 @@ def test_padding_and_beams_and_files_carry_the_scores(tmp_path):
     with smartkv_ext.patch(model):
         options = {"budget": 0.25, "policy": get_policy("gate", gates=str(tmp_path / "gates")), "window": 16}
         cache = SmartKVCache(model.config, **options)
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        model.generate(ids, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=8, do_sample=False)
         alone = SmartKVCache(model.config, **options)
-        model.generate(ids[:1], past_key_values=alone, max_new_tokens=8, do_sample=False)
+        model.generate(ids[:1], **cache_kwargs(alone), max_new_tokens=8, do_sample=False)
         a, b = cache.layers[2].window.held("key_score")[0], alone.layers[2].window.held("key_score")[0]
         torch.testing.assert_close(a[:, -16:], b[:, -16:], rtol=0.02, atol=0.02)
         cache.save(tmp_path / "cache.safetensors")
@@ -93,7 +94,7 @@ def test_padding_and_beams_and_files_carry_the_scores(tmp_path):
         assert torch.equal(again.layers[1].window.held("key_score"), cache.layers[1].window.held("key_score"))
         assert copy.deepcopy(again).smartkv_config.policy.gates == again.smartkv_config.policy.gates
         beams = SmartKVCache(model.config, **options)
-        model.generate(ids, attention_mask=mask, past_key_values=beams, max_new_tokens=6, num_beams=2)
+        model.generate(ids, attention_mask=mask, **cache_kwargs(beams), max_new_tokens=6, num_beams=2)
 
 
 def test_bytes_are_counted_and_weights_are_reported():
@@ -102,7 +103,7 @@ def test_bytes_are_counted_and_weights_are_reported():
     policy = gate_of(model)
     cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=16)
     with smartkv_ext.patch(model), torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
     report = cache.report()
     assert report.total_bytes <= 0.25 * report.full_bytes
     assert report.shared_bytes == 4 * policy.gates.num_parameters and report.key_basis_bytes == 0
@@ -117,14 +118,14 @@ def test_a_wrong_model_is_refused():
     twin = tiny("qwen2", seed=9)
     cache = SmartKVCache(twin.config, policy=policy)
     with smartkv_ext.patch(twin), pytest.raises(ValueError, match="another model of the same shape"):
-        twin(prompts(1, 30)[0], past_key_values=cache)
+        twin(prompts(1, 30)[0], **cache_kwargs(cache))
     with pytest.raises(ValueError, match="no gates for this model come with the package"):
         SmartKVCache(model.config, policy="gate")
     with pytest.raises(ValueError, match="no gates for this model come with the package"):
         SmartKVCache(model.config, policy=get_policy("evolved", expression="recent + gate"))
     cache = SmartKVCache(twin.config, policy=get_policy("evolved", expression="recent + gate", gates=policy.gates))
     with smartkv_ext.patch(twin), pytest.raises(ValueError, match="another model of the same shape"):
-        twin(prompts(1, 30)[0], past_key_values=cache)
+        twin(prompts(1, 30)[0], **cache_kwargs(cache))
 
 
 def view_with_scores(scores, **options):
@@ -212,7 +213,7 @@ def test_gates_inside_other_policies(tmp_path):
     ):
         cache = SmartKVCache(model.config, budget=0.3, policy=policy, window=16)
         with smartkv_ext.patch(model), torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_kwargs(cache))
         report = cache.report()
         assert report.shared_bytes > 0 and report.total_bytes <= 0.3 * report.full_bytes
     with pytest.raises(ValueError, match="gates of a map must all be the same"):

@@ -13,6 +13,7 @@ from python_tests.hf.tiny import prompts, tiny
 from smartkv_ext import SmartKVCache, patch
 from smartkv_ext.eval.recording import LayerRecording, record
 from smartkv_ext.gates import Gates, KeyBasis, ModelFacts, find_shipped_gates, lookup
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.hf.gate_check import sketch_of
 from smartkv_ext.policies import POLICIES
 from smartkv_ext.reference.hadamard import rotate
@@ -47,7 +48,7 @@ def decoded(model, key_basis, **arguments):
     ids = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(0))[None, :300]
     cache = SmartKVCache(model.config, window=32, key_basis=key_basis, **arguments)
     with torch.no_grad(), patch(model):
-        pieces = [model(x, past_key_values=cache).logits for x in ids.split([200, *[1] * 60, *[4] * 10], 1)]
+        pieces = [model(x, **cache_kwargs(cache)).logits for x in ids.split([200, *[1] * 60, *[4] * 10], 1)]
     return torch.cat(pieces, 1), cache
 
 
@@ -82,7 +83,7 @@ def test_saved_caches_keep_their_basis(folder, tmp_path):
     loaded = SmartKVCache.load(tmp_path / "cache.safetensors", model.config)
     more, _ = prompts(1, 8)
     with torch.no_grad(), patch(model):
-        want, ours = (model(more, past_key_values=x).logits for x in (copy.deepcopy(cache), loaded))
+        want, ours = (model(more, **cache_kwargs(x)).logits for x in (copy.deepcopy(cache), loaded))
     assert torch.equal(ours, want)
     assert torch.equal(loaded.smartkv_config.key_basis.packed, cache.smartkv_config.key_basis.packed)
 
@@ -115,7 +116,7 @@ def test_loaded_caches_share_the_packages_own(shipped, tmp_path):
     assert loaded.smartkv_config.key_basis is cache.smartkv_config.key_basis
     loaded.reset()
     with torch.no_grad(), patch(other):
-        other(prompts(1, 100)[0], past_key_values=loaded)
+        other(prompts(1, 100)[0], **cache_kwargs(loaded))
     assert loaded.smartkv_config.key_basis is None, "it is another model's"
 
 

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import POLICIES
 
 # Remembered queries count: with 150 tokens they are a large part of a small budget.
@@ -152,17 +153,17 @@ def test_beams_reorder_like_copies(kind):
     with smartkv_ext.patch(model):
         cache = SmartKVCache(model.config, budget=0.5, policy="knorm", window=24, tiers=(4, 8))
         with torch.no_grad():
-            model(ids, attention_mask=mask, past_key_values=cache)
+            model(ids, attention_mask=mask, **cache_kwargs(cache))
         index = torch.tensor([1, 1, 0, 1])
         cache.reorder_cache(index)
         tokens = torch.tensor([[7], [8], [9], [10]])
         longer = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)[index]
         with torch.no_grad():
-            many = model(tokens, attention_mask=longer, past_key_values=cache).logits
+            many = model(tokens, attention_mask=longer, **cache_kwargs(cache)).logits
             for row, source in enumerate(index.tolist()):
                 alone = SmartKVCache(model.config, budget=0.5, policy="knorm", window=24, tiers=(4, 8))
-                model(ids[source : source + 1], attention_mask=mask[source : source + 1], past_key_values=alone)
-                one = model(tokens[row : row + 1], attention_mask=longer[row : row + 1], past_key_values=alone).logits
+                model(ids[source : source + 1], attention_mask=mask[source : source + 1], **cache_kwargs(alone))
+                one = model(tokens[row : row + 1], attention_mask=longer[row : row + 1], **cache_kwargs(alone)).logits
                 assert (many[row] - one[0]).abs().max() < 2e-2  # windows of a batch share their size: not bit-equal
         report = cache.report()
         cache.batch_select_indices(torch.tensor([0, 2]))
@@ -176,7 +177,7 @@ def test_generate_with_beams_and_compression_runs_within_budget():
     ids, mask = prompts(2, 400)
     with smartkv_ext.patch(model):
         cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=16)
-        model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=30, past_key_values=cache, do_sample=False)
+        model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=30, **cache_kwargs(cache), do_sample=False)
     assert cache.report().tokens_per_tier["evicted"] >= 0
 
 
@@ -193,7 +194,7 @@ def test_assisted_decoding_never_pays_for_a_rejected_draft():
             attention_mask=mask,
             max_new_tokens=60,
             do_sample=False,
-            past_key_values=cache,
+            **cache_kwargs(cache),
             prompt_lookup_num_tokens=4,
         )
     assert out.shape[1] == ids.shape[1] + 60
@@ -206,11 +207,11 @@ def test_crop_into_packed_tokens():
     ids, mask = prompts(2)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_kwargs(cache))
         cache.crop(-70)
         assert cache.get_seq_length() == 80
         assert all(int(layer.store.positions().max()) < 80 for layer in cache.layers)
-        with_crop = model(ids[:, 80:90], attention_mask=mask[:, :90], past_key_values=cache).logits
+        with_crop = model(ids[:, 80:90], attention_mask=mask[:, :90], **cache_kwargs(cache)).logits
         plain = model(ids[:, :90], attention_mask=mask[:, :90]).logits[:, 80:]
     assert (with_crop - plain)[0].abs().max() < 1e-4
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import smartkv_ext
 from smartkv_ext import SmartKVCache
 from smartkv_ext.cache.store import PagedStore
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import POLICIES
 
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "repeat_interleave"}
@@ -43,12 +44,12 @@ def test_no_host_traffic(name):
     watched = 0
     with smartkv_ext.patch(model), torch.inference_mode():
         cache = SmartKVCache(model.config, budget=0.5, policy=usable(name, model), window=32)
-        model(ids[:, :200], past_key_values=cache)
+        model(ids[:, :200], **cache_kwargs(cache))
         assert any(layer.store.cache_seqlens.sum() > 0 for layer in cache.layers)
         for i in range(200, 230):
             packs = any(layer.window.used + 1 >= layer.capacity for layer in cache.layers)
             with contextlib.nullcontext() if packs else NoHostTraffic():
-                model(ids[:, i : i + 1], past_key_values=cache)
+                model(ids[:, i : i + 1], **cache_kwargs(cache))
             watched += not packs
     assert watched >= 10
 
@@ -68,9 +69,9 @@ def test_the_store_asks_twice(monkeypatch):
     monkeypatch.setattr(PagedStore, "_counts", lambda self, pages: asked.append(0) or counts(self, pages))
     with smartkv_ext.patch(model), torch.inference_mode():
         cache = SmartKVCache(model.config, budget=0.7, policy="keydiff", window=32)
-        model(ids[:, :200], past_key_values=cache)
+        model(ids[:, :200], **cache_kwargs(cache))
         assert len(asked) == 2
         for i in range(200, 230):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **cache_kwargs(cache))
     assert len(asked) >= 6 and len(asked) % 2 == 0
     assert (cache.layers[0].store.cache_seqlens.sum((0, 1)) > 0).sum() >= 2, "several tiers"

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 
 
 def exact(model, **kwargs):
@@ -53,7 +54,7 @@ def test_beams(kind):
     kwargs = dict(num_beams=3, max_new_tokens=40, do_sample=False, attention_mask=mask)
     reference = model.generate(ids, **kwargs)
     with smartkv_ext.patch(model):
-        assert torch.equal(reference, model.generate(ids, past_key_values=exact(model), **kwargs))
+        assert torch.equal(reference, model.generate(ids, **cache_kwargs(exact(model)), **kwargs))
 
 
 def test_sampling_several_sequences():
@@ -64,7 +65,7 @@ def test_sampling_several_sequences():
     reference = model.generate(ids, **kwargs)
     with smartkv_ext.patch(model):
         torch.manual_seed(5)
-        assert torch.equal(reference, model.generate(ids, past_key_values=exact(model), **kwargs))
+        assert torch.equal(reference, model.generate(ids, **cache_kwargs(exact(model)), **kwargs))
 
 
 @pytest.mark.parametrize("mode", ["assistant", "prompt_lookup"])
@@ -84,7 +85,7 @@ def test_assisted_decoding(kind, mode):
     with smartkv_ext.patch(model):
         cache = exact(model)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=48, do_sample=False, past_key_values=cache, **kwargs
+            ids, attention_mask=mask, max_new_tokens=48, do_sample=False, **cache_kwargs(cache), **kwargs
         )
     assert torch.equal(reference, out)
     assert cache.get_seq_length() in (out.shape[1] - 1, out.shape[1])
@@ -119,8 +120,8 @@ def test_half_precision(dtype):
         theirs = model(ids, attention_mask=mask).logits[:, -1].double()
         with smartkv_ext.patch(model):
             cache = exact(model)
-            model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-            ours = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1].double()
+            model(ids[:, :-1], attention_mask=mask[:, :-1], **cache_kwargs(cache))
+            ours = model(ids[:, -1:], attention_mask=mask, **cache_kwargs(cache)).logits[:, -1].double()
     assert (ours - exact_logits).norm() <= 2 * (theirs - exact_logits).norm()
 
 
@@ -140,11 +141,11 @@ def test_compiled_model_gives_the_same_tokens():
         compiled = torch.compile(model, backend="aot_eager")
         cache = exact(model)
         with torch.no_grad():
-            logits = compiled(ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+            logits = compiled(ids, attention_mask=mask, **cache_kwargs(cache)).logits[:, -1]
             tokens = []
             for _ in range(12):
                 tokens.append(int(logits.argmax()))
-                logits = compiled(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits[:, -1]
+                logits = compiled(torch.tensor([[tokens[-1]]]), **cache_kwargs(cache)).logits[:, -1]
     assert tokens == reference.sequences[0, ids.shape[1] :].tolist()
 
 

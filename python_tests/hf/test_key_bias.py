@@ -7,6 +7,7 @@ from hf.tiny import prompts, tiny
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.reference.layout import TIERS
 
 
@@ -29,8 +30,8 @@ def divergence(model, **arguments):
     with torch.no_grad(), smartkv_ext.patch(model):
         full = model(ids).logits[0, 260:].log_softmax(-1)
         cache = SmartKVCache(model.config, budget=None, policy="full", window=32, **arguments)
-        model(ids[:, :260], past_key_values=cache)
-        ours = model(ids[:, 260:], past_key_values=cache).logits[0].log_softmax(-1)
+        model(ids[:, :260], **cache_kwargs(cache))
+        ours = model(ids[:, 260:], **cache_kwargs(cache)).logits[0].log_softmax(-1)
     return (full.exp() * (full - ours)).sum(-1).mean().item()
 
 

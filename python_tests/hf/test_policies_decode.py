@@ -7,6 +7,7 @@ from hf.tiny import generate, prompts, tiny
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import POLICIES
 
 RULES = [
@@ -35,12 +36,12 @@ def test_512_new_tokens_in_a_padded_batch(spec):
     limit = 105_000 * model.config.num_hidden_layers
     with smartkv_ext.patch(model), torch.inference_mode():
         cache = SmartKVCache(model.config, budget=f"{limit}b", policy=usable(spec, model), window=48)
-        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        logits = model(ids, attention_mask=mask, **cache_kwargs(cache)).logits
         before = evicted(cache)
         for step in range(512):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             token = logits[:, -1:].argmax(-1)
-            logits = model(token, attention_mask=mask, past_key_values=cache).logits
+            logits = model(token, attention_mask=mask, **cache_kwargs(cache)).logits
             if step % 16 == 0:
                 assert cache.report().total_bytes <= limit, (step, str(cache.report()))
     assert torch.isfinite(logits).all()
@@ -94,11 +95,11 @@ def test_crop_then_go_on(spec):
     ids, mask = prompts(2, 300)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.6, policy=usable(spec, model), window=24)
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_kwargs(cache))
         cache.crop(-120)
         assert all(layer.store.is_empty or int(layer.store.positions().max()) < 180 for layer in cache.layers)
         for begin in range(180, 300, 30):
-            model(ids[:, begin : begin + 30], attention_mask=mask[:, : begin + 30], past_key_values=cache)
+            model(ids[:, begin : begin + 30], attention_mask=mask[:, : begin + 30], **cache_kwargs(cache))
     assert cache.get_seq_length() == 300 and cache.report().ratio <= 0.6
 
 
@@ -109,7 +110,7 @@ def test_assisted_decoding_runs_with_a_policy_that_accumulates():
     with smartkv_ext.patch(model):
         cache = SmartKVCache(model.config, budget=0.4, policy="layer_aware", window=32)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=60, do_sample=False, past_key_values=cache,
+            ids, attention_mask=mask, max_new_tokens=60, do_sample=False, **cache_kwargs(cache),
             prompt_lookup_num_tokens=4,
         )  # fmt: skip
     assert out.shape[1] == 260 and evicted(cache) > 20
@@ -123,7 +124,7 @@ def test_layers_get_what_the_policy_says():
     for spec in ("snapkv", "pyramidkv", {"name": "map", "default": "snapkv", "rules": RULES[:1]}):
         with smartkv_ext.patch(model), torch.no_grad():
             cache = SmartKVCache(model.config, budget=0.25, policy=usable(spec, model), window=32)
-            model(ids, past_key_values=cache)
+            model(ids, **cache_kwargs(cache))
         assert cache.report().ratio <= 0.25
         held[str(spec)] = [sum(pool.nbytes for pool in layer.store.pools) for layer in cache.layers]
     even, pyramid, split = held.values()
@@ -148,7 +149,7 @@ def test_heads_share_a_layers_budget_with_a_floor():
         spec = "knorm" if floor is None else {"name": "adakv", "base": "knorm", "floor": floor}
         with smartkv_ext.patch(model), torch.no_grad():
             cache = SmartKVCache(model.config, budget=0.125, policy=usable(spec, model), window=32, tiers=(3,))
-            model(ids, past_key_values=cache)
+            model(ids, **cache_kwargs(cache))
         assert cache.report().ratio <= 0.125
         records[floor] = cache.layers[1].store.cache_seqlens[0, :, 0].tolist()
     assert records[0.0][1] == 0 < records[0.0][0]

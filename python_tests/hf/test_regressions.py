@@ -6,6 +6,7 @@ from hf.tiny import generate, prompts, tiny
 
 import smartkv_ext
 from smartkv_ext import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 
 
 def test_records_beyond_the_sliding_window_are_freed():
@@ -14,7 +15,7 @@ def test_records_beyond_the_sliding_window_are_freed():
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget="200kB", policy="knorm", tiers=(4,), window=16)
         for start in range(0, 1200, 100):
-            model(ids[:, start : start + 100], past_key_values=cache)
+            model(ids[:, start : start + 100], **cache_kwargs(cache))
             assert cache.report().total_bytes <= 200_000
         for layer in cache.layers:
             held = layer.store.positions()
@@ -27,9 +28,9 @@ def test_full_policy_spends_a_large_budget_without_losing_a_token():
     ids, _ = prompts(1, 1100)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.5, policy="full", window=16)
-        model(ids[:, :1000], past_key_values=cache)
+        model(ids[:, :1000], **cache_kwargs(cache))
         for step in range(1000, 1100):
-            model(ids[:, step : step + 1], past_key_values=cache)
+            model(ids[:, step : step + 1], **cache_kwargs(cache))
     assert cache.report().tokens_per_tier["evicted"] == 0
 
 
@@ -41,13 +42,13 @@ def test_compression_goes_on_after_assisted_decoding():
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **cache_kwargs(cache),
             max_new_tokens=20,
             do_sample=False,
             prompt_lookup_num_tokens=4,
         )
         longer = torch.cat([out, ids], 1)
-        model.generate(longer, attention_mask=torch.ones_like(longer), past_key_values=cache, max_new_tokens=60)
+        model.generate(longer, attention_mask=torch.ones_like(longer), **cache_kwargs(cache), max_new_tokens=60)
     report = cache.report()
     assert report.total_bytes <= 0.4 * report.full_bytes, str(report)
 
@@ -68,10 +69,10 @@ def test_another_attention_implementation_is_refused():
     ids, _ = prompts(1, 60)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
         model.set_attn_implementation("sdpa")
         with pytest.raises(RuntimeError, match="needs a patched model"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **cache_kwargs(cache))
         model.set_attn_implementation("smartkv")
 
 
@@ -82,9 +83,9 @@ def test_prefill_in_inference_mode_then_generate():
     with smartkv_ext.patch(model):
         a, b = SmartKVCache(model.config, **arguments), SmartKVCache(model.config, **arguments)
         with torch.inference_mode():
-            model(ids[:, :150], past_key_values=a)
+            model(ids[:, :150], **cache_kwargs(a))
         with torch.no_grad():
-            model(ids[:, :150], past_key_values=b)
+            model(ids[:, :150], **cache_kwargs(b))
         assert torch.equal(*(generate(model, ids, mask, c, new=40).sequences for c in (a, b)))
 
 
@@ -93,17 +94,17 @@ def test_crop_keeps_counts_buffers_and_anchors_true():
     ids, mask = prompts(2, 150)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=16)
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **cache_kwargs(cache))
         cache.crop(-110)
         layer = cache.layers[0]
         assert (layer.row_tokens >= 0).all()
         assert layer.window.shape[2] <= max(layer.capacity, layer.window.used)
         anchor = layer.state["keydiff_anchor"].clone()
-        model(ids[:, :100], past_key_values=cache)
+        model(ids[:, :100], **cache_kwargs(cache))
         assert not torch.equal(anchor, layer.state["keydiff_anchor"]), "tokens after a crop must count"
         cache.crop(-cache.get_seq_length())
         assert cache.get_seq_length() == 0 and cache.report().total_bytes == 0
-        model(ids[:1], past_key_values=cache)  # another batch size is fine now
+        model(ids[:1], **cache_kwargs(cache))  # another batch size is fine now
 
 
 def test_cropping_into_a_forgotten_sliding_window_is_refused():
@@ -111,7 +112,7 @@ def test_cropping_into_a_forgotten_sliding_window_is_refused():
     ids, _ = prompts(1, 200)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
         with pytest.raises(ValueError, match="slides over 50 tokens and has forgotten"):
             cache.crop(-70)
 
@@ -121,7 +122,7 @@ def test_a_refused_crop_changes_no_layer():
     ids, _ = prompts(1, 200)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
         with pytest.raises(ValueError, match="has forgotten"):
             cache.crop(-70)
         assert {layer.seen for layer in cache.layers} == {200}
@@ -135,9 +136,9 @@ def test_repeating_rows_keeps_a_byte_budget():
     ids, _ = prompts(1, 800)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget="600kB", policy="knorm", window=16)
-        model(ids, past_key_values=cache)
+        model(ids, **cache_kwargs(cache))
         cache.batch_repeat_interleave(4)
-        model(ids[:, :1].expand(4, 1), past_key_values=cache)
+        model(ids[:, :1].expand(4, 1), **cache_kwargs(cache))
         assert cache.report().total_bytes <= 600_000
         with pytest.raises(ValueError, match="budget must be at least"):
             cache.batch_repeat_interleave(8)
@@ -148,8 +149,8 @@ def test_remembered_queries_stay_within_their_share():
     ids, _ = prompts(1, 1200)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.25, policy="snapkv")
-        model(ids[:, :1024], past_key_values=cache)
+        model(ids[:, :1024], **cache_kwargs(cache))
         for start in range(1024, 1200, 2):
-            model(ids[:, start : start + 2], past_key_values=cache)
+            model(ids[:, start : start + 2], **cache_kwargs(cache))
             report = cache.report()
             assert report.total_bytes <= 0.25 * report.full_bytes, str(report)

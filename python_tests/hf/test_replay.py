@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import smartkv_ext
 from smartkv_ext import ReplayedDecoder, SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.hf.replay import CudaGraphRecorder
 from smartkv_ext.policies import POLICIES
 
@@ -22,7 +23,7 @@ def logits_of(model, cache, ids, prompt, position_ids=None):
     out = []
     for i in range(prompt, ids.shape[1]):
         at = None if position_ids is None else position_ids + i - prompt
-        out.append(model(ids[:, i : i + 1], past_key_values=cache, position_ids=at).logits[:, -1])
+        out.append(model(ids[:, i : i + 1], **cache_kwargs(cache), position_ids=at).logits[:, -1])
     return torch.stack(out, 1)
 
 
@@ -49,7 +50,7 @@ def test_replayed_generation(name):
     with smartkv_ext.patch(model), torch.no_grad():
         caches = [SmartKVCache(model.config, budget=0.9, policy=usable(name, model), window=64) for _ in range(2)]
         for cache in caches:
-            model(ids[:, :300], past_key_values=cache)
+            model(ids[:, :300], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 300)
         decoder = ReplayedDecoder(model, caches[1], record=recorder)
         got = torch.stack([decoder.step(ids[:, i : i + 1]).clone() for i in range(300, 380)], 1)
@@ -76,7 +77,7 @@ def test_replayed_batch_with_padding(kind):
         for cache in caches:
             model(
                 ids[:, :prompt], attention_mask=mask[:, :prompt], position_ids=positions[:, :prompt],
-                past_key_values=cache,
+                **cache_kwargs(cache),
             )  # fmt: skip
         now = positions[:, prompt : prompt + 1]
         expected = logits_of(model, caches[0], ids, prompt, now)
@@ -95,7 +96,7 @@ def test_graphs_need_cuda():
     model = tiny("qwen2", num_hidden_layers=1)
     cache = SmartKVCache(model.config)
     with torch.no_grad(), smartkv_ext.patch(model):
-        model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+        model(torch.ones(1, 4, dtype=torch.int64), **cache_kwargs(cache))
         with pytest.raises(ValueError, match=r"cache must be on a CUDA device: .* got cpu"):
             ReplayedDecoder(model, cache)
 
@@ -103,7 +104,7 @@ def test_graphs_need_cuda():
 def decoder_behind(model, ids, steps, record=None):
     """(decoder, cache) that has seen 300 + ``steps`` tokens, with a step recorded."""
     cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64)
-    model(ids[:, :300], past_key_values=cache)
+    model(ids[:, :300], **cache_kwargs(cache))
     decoder = ReplayedDecoder(model, cache, record=record or Recorder())
     for i in range(300, 300 + steps):
         decoder.step(ids[:, i : i + 1])
@@ -116,7 +117,7 @@ def decoder_behind(model, ids, steps, record=None):
         lambda model, cache, ids: cache.crop(-4),
         lambda model, cache, ids: cache.reset(),
         lambda model, cache, ids: cache.reorder_cache(torch.tensor([1, 0])),
-        lambda model, cache, ids: model(ids[:, 306:307], past_key_values=cache),
+        lambda model, cache, ids: model(ids[:, 306:307], **cache_kwargs(cache)),
     ],
     ids=("crop", "reset", "reorder", "forward"),
 )
@@ -152,7 +153,7 @@ def test_inference_mode_may_change(outside, inside):
         with torch.inference_mode(inside):
             got = [decoder.step(ids[:, i : i + 1]).clone() for i in range(300, 309)]
         with torch.no_grad():
-            model(ids[:, 309:310], past_key_values=cache)
+            model(ids[:, 309:310], **cache_kwargs(cache))
             expected = logits_of(model, decoder_behind(model, ids, 0)[1], ids[:, :309], 300)
     assert torch.equal(torch.stack(got, 1), expected)
 
@@ -200,7 +201,7 @@ def test_a_step_that_fails_is_taken_back(policy, part):
     with smartkv_ext.patch(model), torch.no_grad():
         caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64) for _ in range(2)]
         for cache in caches:
-            model(ids[:, :300], past_key_values=cache)
+            model(ids[:, :300], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 300)
         target = (caches[1], "after_attention") if part == "attention" else (model.model.layers[1].mlp, "forward")
         decoder = ReplayedDecoder(model, caches[1], record=Failing(caches[1], *target))
@@ -221,7 +222,7 @@ def test_refuses_a_cache_that_could_not_be_taken_back():
     ids, _ = prompts(1, 320)
     with smartkv_ext.patch(model), torch.no_grad():
         cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64)
-        model(ids[:, :200], past_key_values=cache)
+        model(ids[:, :200], **cache_kwargs(cache))
         decoder = ReplayedDecoder(model, cache, record=Recorder())
         at = 200
         while cache.step_kind() is not None:
@@ -241,14 +242,14 @@ def test_compiled_steps_are_not_compiled_anew():
     with smartkv_ext.patch(model), torch.no_grad():
         caches = [SmartKVCache(model.config, budget=0.5, window=32) for _ in range(2)]
         for cache in caches:
-            model(ids[:, :150], past_key_values=cache)
+            model(ids[:, :150], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 150)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=counter)
         got, graphs = [], []
         for i in range(150, 190):
             at = torch.full((1, 1), i)
-            got.append(compiled(ids[:, i : i + 1], past_key_values=caches[1], position_ids=at).logits[:, -1])
+            got.append(compiled(ids[:, i : i + 1], **cache_kwargs(caches[1]), position_ids=at).logits[:, -1])
             graphs.append(counter.frame_count)
     torch.testing.assert_close(torch.stack(got, 1), expected)
     assert graphs[0] > 0
@@ -351,7 +352,7 @@ def test_cuda_graphs(name):
     with smartkv_ext.patch(model), torch.no_grad():
         caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64) for _ in range(2)]
         for cache in caches:
-            model(ids[:, :300], past_key_values=cache)
+            model(ids[:, :300], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 300)
         decoder, got, kinds = ReplayedDecoder(model, caches[1]), [], []
         for i in range(300, 380):

@@ -14,6 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from smartkv_ext.hf import cache_kwargs
+
 KINDS = ["qwen2", "qwen3", "llama", "mistral", "mistral_sliding", "qwen3_hybrid"]
 _COMMON = dict(
     vocab_size=98, hidden_size=128, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -80,7 +82,7 @@ def generate(model, ids, mask, cache=None, new=24, **kwargs):
     """Greedy generation with logits."""
     kwargs.setdefault("do_sample", False)
     return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True,
+        ids, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=new, return_dict_in_generate=True,
         output_logits=True, **kwargs,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from python_tests.gates.make_gates import random_gates
 from python_tests.hf.tiny import prompts, tiny
 from smartkv_ext import SmartKVCache, patch
 from smartkv_ext.gates import ModelFacts, find_shipped_gates, lookup
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.hf.gate_check import sketch_of
 from smartkv_ext.policies import get_policy
 from smartkv_ext.policies.auto import WITH_GATES, WITHOUT_GATES
@@ -29,9 +30,9 @@ def filled(model, policy):
     ids, _ = prompts(1, 300)
     cache = SmartKVCache(model.config, budget=0.5, policy=policy, window=32)
     with torch.no_grad(), patch(model):
-        model(ids[:, :280], past_key_values=cache)
+        model(ids[:, :280], **cache_kwargs(cache))
         for i in range(280, 300):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **cache_kwargs(cache))
     return cache
 
 

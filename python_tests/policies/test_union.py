@@ -8,6 +8,7 @@ from python_tests.hf.tiny import prompts, tiny
 from python_tests.policies.views import make_view, valid
 from smartkv_ext import SmartKVCache, patch
 from smartkv_ext.gates import ModelFacts
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import get_policy
 
 
@@ -48,9 +49,9 @@ def test_in_a_cache_and_as_a_specification():
     ids, _ = prompts(1, 400)
     with torch.no_grad(), patch(model):
         cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32)
-        model(ids[:, :300], past_key_values=cache)
+        model(ids[:, :300], **cache_kwargs(cache))
         for i in range(300, 400):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **cache_kwargs(cache))
     assert cache.report().ratio <= 0.25
 
 
@@ -68,7 +69,7 @@ def test_a_part_with_gates():
     with torch.no_grad(), patch(model):
         for policy in (gate, get_policy("union", parts=(gate, "keydiff"), weights=(1e6, 1))):
             cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32)
-            model(ids, past_key_values=cache)
+            model(ids, **cache_kwargs(cache))
             kept.append([kept_by_head(layer.store.positions()[0]) for layer in cache.layers])
     for alone, outweighed in zip(*kept, strict=True):
         assert len(alone) > 50 and len(alone & outweighed) > 0.9 * len(alone)

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import smartkv_ext
 from smartkv_ext import SmartKVCache
 from smartkv_ext.cli.models import load_model
+from smartkv_ext.hf import cache_kwargs
 
 pytestmark = pytest.mark.slow
 TEXT = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
@@ -37,7 +38,7 @@ def qwen():
 
 def generate(model, inputs, cache=None, new=32):
     return model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=new, do_sample=False, return_dict_in_generate=True,
+        **inputs, **cache_kwargs(cache), max_new_tokens=new, do_sample=False, return_dict_in_generate=True,
         output_logits=True,
     )  # fmt: skip
 
@@ -67,13 +68,13 @@ def divergences(model, tokenizer, settings, prefill=2048, tokens=256):
     results = []
     with torch.no_grad():
         cache = DynamicCache()
-        model(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
-        full = model(ids[:, prefill:], past_key_values=cache).logits[0].log_softmax(-1)
+        model(ids[:, :prefill], **cache_kwargs(cache), logits_to_keep=1)
+        full = model(ids[:, prefill:], **cache_kwargs(cache)).logits[0].log_softmax(-1)
         with smartkv_ext.patch(model):
             for setting in settings:
                 cache = SmartKVCache(model.config, **({"budget": None, "policy": "full"} | setting))
-                model(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
-                ours = model(ids[:, prefill:], past_key_values=cache).logits[0].log_softmax(-1)
+                model(ids[:, :prefill], **cache_kwargs(cache), logits_to_keep=1)
+                ours = model(ids[:, prefill:], **cache_kwargs(cache)).logits[0].log_softmax(-1)
                 results.append((full.exp() * (full - ours)).sum(-1).mean().item())
     return results
 
@@ -109,8 +110,8 @@ def test_planted_fact_on_qwen(qwen):
     answers = []
     with smartkv_ext.patch(model), torch.no_grad():
         for cache in (DynamicCache(), SmartKVCache(model.config, budget=None, policy="full", tiers=(4,))):
-            model(head, past_key_values=cache, logits_to_keep=1)
-            out = model.generate(torch.cat([head, tail], 1), past_key_values=cache, max_new_tokens=12, do_sample=False)
+            model(head, **cache_kwargs(cache), logits_to_keep=1)
+            out = model.generate(torch.cat([head, tail], 1), **cache_kwargs(cache), max_new_tokens=12, do_sample=False)
             answers.append(tokenizer.decode(out[0, head.shape[1] + tail.shape[1] :], skip_special_tokens=True))
     assert "4817" in answers[0]
     assert answers[0] == answers[1]

@@ -1,4 +1,4 @@
-"""SmartKVCache: the object a user passes to generate() as past_key_values."""
+"""SmartKVCache: the object that a user gives to generate()."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ from .clock import StepClock
 from .compress import compress
 from .config import CacheConfig, ModelGeometry, inverse_frequencies
 from .layer import SmartKVLayer
-from .report import CacheReport, report
+from .report import CacheReport, layer_bytes, report
+
+LOST = "the step failed and the cache could not be restored: it is empty now"
+# Makes a model ready for a SmartKVCache. Set by the package's front door: the cache does not know its seat in models.
+prepare_model: Callable[[torch.nn.Module], None] | None = None
 
 
 class SmartKVCache(Cache):
-    """A key-value cache that keeps within a byte budget, for models patched with ``smartkv_ext.patch``.
+    """A key-value cache that keeps within a byte budget: ``model.generate(**inputs, cache=SmartKVCache(model))``.
 
     Args:
-        config: the model's config (``model.config``).
+        config: the model, which is patched if it is not (see ``smartkv_ext.patch``), or its config (``model.config``).
         budget: what the cache may hold, everything counted: a fraction in (0, 1] of the full bf16 cache of the tokens
-            seen so far (0.125 or "1/8"), bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit, so every
-            token gets the highest tier.
+            seen so far (0.125, "1/8" or "12.5%"), bytes ("64MB", "1GiB"), bits per value ("4bits"), or None: no limit,
+            so every token gets the highest tier.
         policy: which tokens matter: a policy (``smartkv_ext.policies``), its name, or a JSON or YAML file that says
             more. "auto" takes gates where some for the model come with the package; ``report()`` says what it took.
         tiers: bit widths that packed tokens may have, of 2, "K3V2" (keys 3, values 2 bits), 3, "K4V3", 4, 8 and
@@ -70,6 +74,7 @@ class SmartKVCache(Cache):
         precision: str = "auto",
         key_basis: bool | str | Path = True,
     ) -> None:
+        config = _config_of(config)
         geometry = ModelGeometry.from_config(config)
         chosen = get_policy(policy).for_model(config)
         self._basis_of = find_key_basis(key_basis, chosen, config)
@@ -84,7 +89,28 @@ class SmartKVCache(Cache):
         self._is_recorded = False
         super().__init__(layers=[SmartKVLayer(self.smartkv_config, i, self.clock) for i in range(num_layers)])
 
+    def __repr__(self) -> str:
+        config = self.smartkv_config
+        tokens = f"{self.layers[0].seen:,} tokens x {max(self.layers[0].batch_size, 1)}"
+        return f"SmartKVCache(policy={config.policy.title!r}, budget={config.budget}, {tokens}, {self.nbytes:,} bytes)"
+
     # -- transformers protocol -------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any,
+        kwargs: dict[str, Any] | None = None, **more: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return the new keys and values as they are: the attention function owns append, attend and compress.
+
+        kwargs: from transformers 5.24 on, the keyword arguments that go on to the attention function, which finds the
+        cache there.
+        """
+        from .handover import begin_update  # see there
+
+        begin_update(self, key_states, value_states, layer_idx)
+        if kwargs is not None:
+            kwargs["smartkv_cache"] = self
+        return key_states, value_states
 
     def activate_past_recording(self) -> None:
         """Assisted decoding: nothing is lost until crop() commits."""
@@ -103,6 +129,19 @@ class SmartKVCache(Cache):
         for layer in self.layers:
             layer.crop(max_length)
         self._pack_if_due(force_recorded=True)
+
+    def check_even(self) -> None:
+        """Before a forward: an interrupt may have ended the last one between two layers.
+
+        Raises RuntimeError, with the tokens of that forward forgotten.
+        """
+        lengths = {layer.seen for layer in self.layers}
+        if len(lengths) > 1:
+            self.rollback(min(lengths))
+            raise RuntimeError(
+                f"the last forward was interrupted between two layers; the cache is back at {min(lengths):,} tokens: "
+                "give it the new ones again"
+            )
 
     def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
         """Before a forward of a model with this ``gates.key_sketch``: a model of the same shape that is not the one
@@ -186,7 +225,9 @@ class SmartKVCache(Cache):
         due = [
             layer
             for layer in self.layers
-            if layer.is_initialized and (force_recorded or not layer.recording) and layer.window.used >= layer.capacity
+            if layer.is_initialized
+            and (force_recorded or not layer.record_past)
+            and layer.window.used >= layer.capacity
         ]
         if not due:
             return
@@ -208,12 +249,20 @@ class SmartKVCache(Cache):
                 layer.check_crop(min(length, layer.seen))
         except ValueError as error:
             self.reset()  # type: ignore[no-untyped-call]
-            raise RuntimeError("the step failed and the cache could not be restored: it is empty now") from error
+            raise RuntimeError(LOST) from error
+        if any(layer.seen < length for layer in self.layers):  # emptied before
+            raise RuntimeError(LOST)
         for layer in self.layers:
             if layer.seen > length:
                 layer.crop(length - layer.seen)
 
     # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: ``report().total_bytes``, without waiting for the device. 0 before the first token."""
+        held = sum(layer_bytes(layer) for layer in self.layers)
+        return held + self.clock.nbytes if held else 0
 
     def report(self) -> CacheReport:
         """Exact bytes by part, and tokens kept per tier."""
@@ -227,3 +276,13 @@ class SmartKVCache(Cache):
     def load(cls, path: str | Path, config: Any, device: str | torch.device = "cpu") -> SmartKVCache:
         """Read what ``save`` wrote, for the same model. Raises ValueError for a foreign, newer or damaged file."""
         return serialize.load(cls, Path(path), config, device)
+
+
+def _config_of(model: Any) -> Any:
+    """The config of a model, which is made ready for a SmartKVCache; anything else is taken for a config."""
+    if not isinstance(model, torch.nn.Module):
+        return model
+    if prepare_model is None:
+        raise TypeError("config may be a model for smartkv_ext.SmartKVCache; here it must be a transformers config")
+    prepare_model(model)
+    return model.config

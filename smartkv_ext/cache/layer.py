@@ -55,11 +55,10 @@ class SmartKVLayer(CacheLayerMixin):
         self.capacity = 0
         self.softmax_scale = 0.0
         self.recent_count = 0  # queries behind the meter's "recent" sums
-        self.recording = False  # lossy steps wait until crop() commits (assisted decoding)
-        self.uncommitted = False  # while recording: a forward that no crop() has followed yet
+        self.record_past = False  # lossy steps wait until crop() commits (assisted decoding)
+        self.uncommitted = False  # while it is set: a forward that no crop() has followed yet
         self.lost_until = -1  # positions up to here have left the sliding window and are gone
         self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None  # pre-RoPE keys and values still to be scored
-        self._handed_over = False
 
     @property
     def row_tokens(self) -> torch.Tensor:
@@ -72,6 +71,11 @@ class SmartKVLayer(CacheLayerMixin):
     @row_tokens.setter
     def row_tokens(self, counts: torch.Tensor) -> None:
         self._rows, self._uncounted = counts, 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of ``row_tokens``, which asking for it would update."""
+        return self._rows.nbytes
 
     @property
     def basis(self) -> LayerBasis:
@@ -98,22 +102,18 @@ class SmartKVLayer(CacheLayerMixin):
         self.row_tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
-    def hand_over(self) -> None:
-        """Called by the patched model just before update(): proof that our attention function will run."""
-        self._handed_over = True
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the first call allocates
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the new keys and values as they are: the attention function owns append, attend and compress."""
-        if not self._handed_over:
-            raise RuntimeError("SmartKVCache needs a patched model: call smartkv_ext.patch(model) first")
-        self._handed_over = False
+    def begin(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Before new keys and values (batch, num_kv_heads, q_len, head_dim) come: allocate, or refuse their shape."""
         if not self.is_initialized:
             with torch.inference_mode(False):  # the cache outlives an inference-mode prefill
                 self.lazy_initialization(key_states, value_states)
         self.window.check(key_states, value_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the new keys and values as they are: the attention function owns append, attend and compress."""
+        self.begin(key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self, *args: Any) -> int:
@@ -146,7 +146,7 @@ class SmartKVLayer(CacheLayerMixin):
         """Assisted decoding: hold every lossy step until crop() says what is kept.
 
         transformers never says when assisted decoding ends: two forwards without a crop() between them do."""
-        self.recording = True
+        self.record_past = True
         self.uncommitted = False
 
     def crop(self, length: int) -> None:
@@ -158,9 +158,9 @@ class SmartKVLayer(CacheLayerMixin):
         self.check_crop(new)
         self.rewrites += 1
         if new == 0:
-            recording, self.uncommitted = self.recording, False
+            record_past, self.uncommitted = self.record_past, False
             self._clear()
-            self.recording = recording
+            self.record_past = record_past
             return
         count = self.seen - new
         padding = self.window.held_positions()[:, -count:] < 0
@@ -230,9 +230,9 @@ class SmartKVLayer(CacheLayerMixin):
 
         k, v and, if the policy needs it, pre_rope (batch, num_kv_heads, q_len, head_dim); valid (batch, q_len) bool
         or None."""
-        if self.recording and self.uncommitted:
-            self.recording = False
-        self.uncommitted = self.recording
+        if self.record_past and self.uncommitted:
+            self.record_past = False
+        self.uncommitted = self.record_past
         new = {"k": self.basis.keys(k), "v": v}
         if self.config.policy.needs_pre_rope_keys:
             if pre_rope is None:
@@ -287,7 +287,7 @@ class SmartKVLayer(CacheLayerMixin):
 
     def step_kind(self) -> bool | None:
         """Whether the next token's query counts in "recent" sums; None where its step packs or changes a shape."""
-        if not self.is_initialized or self.recording or self.window.used + 1 >= self.capacity:
+        if not self.is_initialized or self.record_past or self.window.used + 1 >= self.capacity:
             return None
         keep = self.config.policy.decode_queries
         if keep and (self.queries is None or self.queries.shape[2] != keep):
@@ -387,7 +387,7 @@ class SmartKVLayer(CacheLayerMixin):
 
     def is_due(self) -> bool:
         """True when enough tokens have gathered beyond the window to be packed."""
-        return not self.recording and self.window.used >= self.capacity
+        return not self.record_past and self.window.used >= self.capacity
 
     def budget(self) -> int:
         """Bytes for this layer of a sequence of average length."""

@@ -83,6 +83,15 @@ def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
     return parts
 
 
+def layer_bytes(layer: SmartKVLayer) -> int:
+    """Bytes of all tensors of one layer, without waiting for the device."""
+    if not layer.is_initialized:
+        return 0
+    parts = [*layer.window.tensors().values(), *layer.store.tensors().values(), *layer.state.values()]
+    parts += [] if layer.queries is None else [layer.queries]
+    return sum(x.nbytes for x in parts) + layer.row_bytes + layer.meter.nbytes
+
+
 def report(layers: list[SmartKVLayer]) -> CacheReport:
     """Report of all layers that hold something."""
     parts: dict[str, int] = {}

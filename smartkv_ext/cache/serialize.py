@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3  # 2 knows no key basis
 _LAYER_FIELDS = (
-    "seen", "head_offset", "capacity", "recording", "uncommitted", "lost_until", "softmax_scale", "recent_count",
+    "seen", "head_offset", "capacity", "uncommitted", "lost_until", "softmax_scale", "recent_count",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def _layer_header(layer: SmartKVLayer) -> dict[str, Any] | None:
     if not layer.is_initialized:
         return None
     fields = {name: getattr(layer, name) for name in _LAYER_FIELDS}
-    return fields | {"used": layer.window.used, "sink_slots": layer.window.sink_slots}
+    return fields | {"recording": layer.record_past, "used": layer.window.used, "sink_slots": layer.window.sink_slots}
 
 
 def _layer_tensors(layer: SmartKVLayer) -> dict[str, torch.Tensor]:
@@ -144,6 +144,7 @@ def _basis(packed: torch.Tensor | None, policy: Policy, config: Any) -> tuple[Ke
 def _restore(layer: SmartKVLayer, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     for name in _LAYER_FIELDS:
         setattr(layer, name, fields[name])
+    layer.record_past = fields["recording"]
     k = tensors["window.k"]
     batch, heads, _, head_dim = k.shape
     layer.dtype, layer.device = k.dtype, k.device

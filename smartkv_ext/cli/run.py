@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 import smartkv_ext
 from smartkv_ext.cache import CacheReport, SmartKVCache
 from smartkv_ext.eval.prompt import Prompt
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.hf.patching import attention_modules
 from smartkv_ext.policies import get_policy
 from smartkv_ext.quant import QuantSpec, default_tiers
@@ -126,7 +127,7 @@ def _answer(
     prefilled = time.perf_counter()
     after_document = describe(cache)
     asked = time.perf_counter()
-    logits = model(prompt.question, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(prompt.question, **cache_kwargs(cache), use_cache=True, logits_to_keep=1).logits
     first = time.perf_counter()
     stop, stream, ids = _stop_tokens(model, tokenizer), _Stream(tokenizer, emit), list[int]()
     finished = False
@@ -142,7 +143,7 @@ def _answer(
         stream.show(ids)
         if len(ids) < settings.max_new_tokens:
             step = torch.tensor([[token]], device=prompt.question.device)
-            logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(step, **cache_kwargs(cache), use_cache=True, logits_to_keep=1).logits
     end = time.perf_counter()
     text = stream.end(ids)
     steps = len(ids) if finished else len(ids) - 1  # the first token comes from the question's own forward pass
@@ -162,7 +163,7 @@ def _prefill(model: Any, ids: torch.Tensor, chunk: int, cache: Cache, advance: A
             if advance is not None:
                 for layer in layers:
                     hooks.callback(layer.register_forward_hook(_Progress(advance, share)).remove)
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(piece, **cache_kwargs(cache), use_cache=True, logits_to_keep=1)
 
 
 class _Progress:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from smartkv_ext.hf import cache_kwargs
+
 from .items import Question
 from .metrics import METRICS, MONOTONE
 
@@ -27,7 +29,7 @@ class Decoder:
         """
         positions = torch.arange(start, start + ids.shape[1])[None]
         out: torch.Tensor = self.model(
-            ids, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=last
+            ids, **cache_kwargs(cache), position_ids=positions, use_cache=True, logits_to_keep=last
         ).logits[0]
         return out
 

@@ -8,6 +8,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from smartkv_ext.hf import cache_kwargs
+
 
 def press_prefill(model: Any, ids: torch.Tensor, press: str, budget: str, **options: str) -> Cache:
     """The cache that a press leaves of ids (1, n): its hooks need the hidden states, so the prefill is run again.
@@ -25,5 +27,5 @@ def press_prefill(model: Any, ids: torch.Tensor, press: str, budget: str, **opti
     chosen = getattr(kvpress, press)(compression_ratio=1 - float(budget), **numbers)
     cache = DynamicCache()
     with torch.no_grad(), chosen(model):
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **cache_kwargs(cache), use_cache=True, logits_to_keep=1)
     return cache

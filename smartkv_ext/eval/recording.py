@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.cache_utils import Cache
 
 from smartkv_ext.cache import SmartKVCache
+from smartkv_ext.hf import cache_kwargs
 from smartkv_ext.policies import Policy, TokenView
 
 
@@ -85,7 +86,7 @@ def record(model: Any, ids: torch.Tensor) -> Recording:
     cache = SmartKVCache(
         model.config, budget=None, policy=_KeepEverything(), sinks=0, window=ids.shape[1] + 1, key_basis=False
     )
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(ids, **cache_kwargs(cache), use_cache=True, logits_to_keep=1).logits
     layers = []
     for layer in cache.layers:
         assert layer.queries is not None, "the policy asks for them"
@@ -102,8 +103,7 @@ def replay(recording: Recording, cache: Cache) -> None:
             cache.update(layer.k, layer.v, i)
             continue
         held = cache.layers[i]
-        held.hand_over()
-        cache.update(layer.k, layer.v, i)
+        held.begin(layer.k, layer.v)
         held.append(layer.k, layer.v, layer.pre_rope, None)
         held.remember_queries(layer.q)
         held.measure_prefill(layer.q, recording.softmax_scale)

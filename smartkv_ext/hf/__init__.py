@@ -1,6 +1,7 @@
 """Integration into stock transformers models."""
 
-from .patching import PatchHandle, patch
+from .compat import cache_kwargs
+from .patching import PatchHandle, is_patched, patch, unpatch
 from .replay import ReplayedDecoder
 
-__all__ = ["PatchHandle", "ReplayedDecoder", "patch"]
+__all__ = ["PatchHandle", "ReplayedDecoder", "cache_kwargs", "is_patched", "patch", "unpatch"]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smartkv_ext.cache import SmartKVCache
+from smartkv_ext.cache.forward import running
 
+from .compat import is_continuous_batching, tried
 from .mask import dense_mask
 from .pre_rope import PreRopeKeys
 
 NAME = "smartkv"
+
+# Keyword arguments that say nothing about the result of a SmartKVCache's attention. Any other that is set is refused:
+# attention sinks, soft caps and the like would otherwise be left out without a word.
+WITHOUT_EFFECT = frozenset({
+    "position_ids",  # of the rotation, which is done; masks come from logical positions
+    "use_cache", "cache_position", "output_hidden_states", "output_router_logits", "num_items_in_batch",
+    "logits_to_keep", "return_dict", "labels", "cache", "past_key_values",
+})  # fmt: skip
 
 
 def smartkv_attention(
@@ -32,8 +43,10 @@ def smartkv_attention(
     q_len, num_heads, head_dim), None. Attention weights are never returned, as with sdpa.
 
     Without a SmartKVCache (training, DynamicCache, no cache) this is sdpa.
+
+    Raises NotImplementedError for what a SmartKVCache cannot do, naming the argument.
     """
-    if kwargs.get("cache") is not None:
+    if is_continuous_batching(kwargs):
         raise NotImplementedError("generate_batch (continuous batching) is not supported: unpatch the model first")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if smartkv_cache is None:
@@ -45,15 +58,33 @@ def smartkv_attention(
         raise NotImplementedError(
             "output_attentions must be False with a SmartKVCache: attention weights never exist whole"
         )
+    check_kwargs(kwargs)
+    if dropout:
+        raise NotImplementedError(f"attention dropout must be 0 with a SmartKVCache; got {dropout}: call model.eval()")
     if attention_mask is not None and attention_mask.dim() != 2:  # transformers hands custom masks through untouched
         raise NotImplementedError(
             f"attention_mask must be 2D (batch, length) with a SmartKVCache; got {attention_mask.dim()}D: "
             "custom masks are supported without a SmartKVCache only"
         )
-    return cast(
-        tuple[torch.Tensor, None],
-        _cached(module, query, key, value, attention_mask, scaling, smartkv_cache, smartkv_pre_rope, **kwargs),
-    )
+    out = attend_cached(module, query, key, value, attention_mask, scaling, smartkv_cache, smartkv_pre_rope)
+    return cast(torch.Tensor, out), None
+
+
+def check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments of attention that may change its result and that we do not know, by name.
+
+    Raises NotImplementedError.
+    """
+    unknown = [name for name, value in kwargs.items() if name not in WITHOUT_EFFECT and not _is_unset(name, value)]
+    if unknown:
+        raise NotImplementedError(
+            f"{', '.join(sorted(unknown))}: this argument of attention is not supported with a SmartKVCache, and "
+            f"leaving it out would change the result; {tried()}"
+        )
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    return value is None or value is (name == "is_causal")  # the one argument that is False to ask for something
 
 
 def _prefill(
@@ -64,12 +95,11 @@ def _prefill(
     valid: torch.Tensor | None,
     scaling: float,
     sliding_window: int,
-    **kwargs: Any,
 ) -> torch.Tensor:
     """The first tokens of a cache see nothing but each other: stock sdpa."""
     mask = dense_mask(valid, query.shape[2], key.shape[2], sliding_window, query.device)
     out: torch.Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, mask, scaling=scaling, is_causal=mask is None, **kwargs
+        module, query, key, value, mask, scaling=scaling, is_causal=mask is None
     )[0]
     return out
 
@@ -77,7 +107,7 @@ def _prefill(
 @torch.inference_mode(False)  # what the cache keeps must outlive an inference-mode prefill
 @torch.no_grad()
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # packing depends on lengths that change every step: traced, each would be a new graph
-def _cached(
+def attend_cached(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -86,8 +116,11 @@ def _cached(
     scaling: float,
     cache: SmartKVCache,
     pre_rope: PreRopeKeys | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> torch.Tensor:
+    """Append to the cache, attend, pack what is due; (batch, q_len, num_heads, head_dim)."""
+    forward = running.get()
+    if forward is not None:
+        forward.waiting, forward.arrived = False, True
     layer_idx = cast(int, module.layer_idx)
     layer = cache.layers[layer_idx]
     q_len, start = query.shape[2], layer.seen
@@ -100,15 +133,15 @@ def _cached(
         layer.append(key, value, None if pre_rope is None else pre_rope.like(key), valid)
         layer.remember_queries(query)
         if start == 0 and q_len > 1:
-            out = _prefill(module, query, key, value, valid, scaling, layer.sliding_window, **kwargs)
+            out = _prefill(module, query, key, value, valid, scaling, layer.sliding_window)
             layer.measure_prefill(query, scaling)
         else:
             out = layer.attend_new(query, scaling).transpose(1, 2)
         cache.after_attention(layer_idx, scaling)
-    except Exception:
+    except BaseException:  # an interrupt too: layers of different lengths would be silently wrong
         cache.rollback(start)  # a failed step leaves the cache as it was
         raise
-    return out.contiguous(), None
+    return out.contiguous()
 
 
 def _first_local_head(module: torch.nn.Module, local_heads: int) -> int:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-# Whether the forward that is running was given a SmartKVCache: the mask function is not told, and without one the
-# mask must be exactly that of sdpa (packed sequences, static caches).
-smartkv_forward: ContextVar[bool] = ContextVar("smartkv_forward", default=False)
+from smartkv_ext.cache.forward import running
 
 
 def smartkv_mask(
@@ -20,9 +17,9 @@ def smartkv_mask(
     """The (batch, kv_length) bool padding mask, or None where nothing is padded; without a SmartKVCache, sdpa's mask.
 
     Registered under the attention's own name: without it transformers would pass no mask at all, and left padding
-    would be ignored without a word.
+    would be ignored without a word. The function is not told which cache the forward has.
     """
-    if not smartkv_forward.get():
+    if running.get() is None:
         mask: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
             *args, attention_mask=attention_mask, kv_length=kv_length, **kwargs
         )

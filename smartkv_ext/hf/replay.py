@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from smartkv_ext.cache import SmartKVCache
 
+from .compat import cache_kwargs
+
 # Carries a call out once and returns its result with what carries it out again, on the same memory.
 Recorder = Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, Callable[[], None]]]
 
@@ -179,6 +181,6 @@ class ReplayedDecoder:
 
     def _forward(self) -> torch.Tensor:
         logits: torch.Tensor = self._model(
-            input_ids=self._ids, position_ids=self._positions, past_key_values=self._cache, use_cache=True
+            input_ids=self._ids, position_ids=self._positions, use_cache=True, **cache_kwargs(self._cache)
         ).logits
         return logits[:, -1]
