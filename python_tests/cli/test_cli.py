@@ -12,6 +12,7 @@ import torch
 from cli_runner import DOCUMENT, ask, call
 from transformers import DynamicCache
 
+import smartkv_ext.hf.attention
 from smartkv_ext.cli.demo import NOTE, language_reference, plant
 from smartkv_ext.cli.errors import CliError
 from smartkv_ext.cli.models import load_model
@@ -159,6 +160,25 @@ def test_policies_and_doctor():
     facts = json.loads(done.stdout.splitlines()[-1])
     assert done.exit_code == 0 and facts["problems"] == []
     assert facts["kernel_set"] in facts["available_kernel_sets"]
+    assert facts["model_types"] == ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def test_doctor_tries_every_model_type(monkeypatch):
+    """As a release of transformers would break one that normalises keys."""
+    original = smartkv_ext.hf.attention._prefill
+
+    def wrong(module, query, key, *args):
+        return original(module, query, key, *args) * (0.5 if hasattr(module, "k_norm") else 1.0)
+
+    monkeypatch.setattr("smartkv_ext.hf.attention._prefill", wrong)
+    done = call("doctor", "--json")
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert done.exit_code == 1 and facts["model_types"] == ["llama", "mistral", "qwen2"]
+    assert facts["problems"][0].startswith("qwen3: logits differ by") and "transformers 5" in done.stderr
+
+
+def test_version():
+    assert call("--version").stdout.strip() == f"smartkv {smartkv_ext.__version__}"
 
 
 def test_doctor_names_a_bad_kernel_set():

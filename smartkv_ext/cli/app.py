@@ -19,6 +19,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import smartkv_ext
+
+        typer.echo(f"smartkv {smartkv_ext.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """A key-value cache that is small for real: answers over long documents within a byte budget."""
+
+
 Model = Annotated[str, typer.Option(help='"smollm2" (embedded), a model folder, or a hub id.')]
 Budget = Annotated[
     str,
@@ -154,10 +172,12 @@ def report(
 @app.command()
 @command
 def doctor(as_json: Json = False) -> None:
-    """Versions, the kernel set in use, built ops, CUDA. Exit code 1 if something is broken."""
+    """Versions, kernels, CUDA, and a self-test: a tiny model of every supported type. Exit code 1 if something is
+    broken."""
     from .doctor import examine, facts_table
 
-    facts = examine()
+    with Console(stderr=True).status("testing the kernels and a tiny model of every supported type"):
+        facts = examine()
     if as_json:
         typer.echo(json.dumps(facts))
     else:

@@ -34,6 +34,8 @@ def examine() -> dict[str, Any]:
     }
     facts |= {name: _version(name) for name in PACKAGES}
     found = facts | _core_facts(problems) | _op_facts(problems)
+    if not problems:
+        found |= _model_facts(problems)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return found | {
         "threads": torch.get_num_threads(),
@@ -78,6 +80,21 @@ def _op_facts(problems: list[str]) -> dict[str, Any]:
     if missing and built:
         problems.append(f"ops are missing: {', '.join(missing)}; build the extension again")
     return {"ops": built, "missing_ops": missing}
+
+
+def _model_facts(problems: list[str]) -> dict[str, Any]:
+    """Whether a tiny model of every supported type runs right with a SmartKVCache under the installed transformers."""
+    try:
+        from smartkv_ext.hf.compat import NEWEST, OLDEST
+        from smartkv_ext.hf.patching import SUPPORTED
+        from smartkv_ext.hf.self_test import self_test
+    except ImportError as error:  # a transformers that lacks what the package imports
+        problems.append(first_line(error))
+        return {"model_types": []}
+    failed = self_test()
+    problems.extend(failed)
+    working = [name for name in SUPPORTED if not any(text.startswith(f"{name}:") for text in failed)]
+    return {"transformers_tried": f"{OLDEST} to {NEWEST}", "model_types": working}
 
 
 def facts_table(facts: dict[str, Any]) -> Table:
