@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from hf.tiny import KINDS, assert_same, generate, prompts, tiny
 from transformers import DynamicCache
 
@@ -82,6 +83,10 @@ def test_assisted_decoding(kind, mode):
                 parameter.add_(torch.randn_like(parameter) * 0.01)
         kwargs = dict(assistant_model=assistant)
     reference = model.generate(ids, attention_mask=mask, max_new_tokens=48, do_sample=False)
+    try:
+        model.generate(ids, attention_mask=mask, max_new_tokens=48, do_sample=False, **kwargs)
+    except RuntimeError as error:  # 5.17 and its own cache, with an assistant that slides
+        pytest.skip(f"transformers {transformers.__version__} cannot do it without us: {error}")
     with smartkv_ext.patch(model):
         cache = exact(model)
         out = model.generate(

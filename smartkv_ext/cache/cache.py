@@ -124,6 +124,7 @@ class SmartKVCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Remove the -max_length newest tokens, or keep the first max_length; 0 commits what was recorded."""
+        max_length = int(max_length)  # assisted decoding below transformers 5.18 gives a tensor
         for layer in self.layers:  # all or none: layers of different lengths would be silently wrong
             layer.check_crop(max_length if max_length > 0 else layer.seen + max_length)
         for layer in self.layers:
