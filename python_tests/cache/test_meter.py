@@ -52,7 +52,7 @@ def run(model, ids, mask, chunks, policy, **kwargs):
     """Feed ``ids`` in chunks of the given sizes."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=None, policy=policy, tiers=(16,), **kwargs)
+        cache = SmartKVCache(model.config, budget=None, policy=policy, tiers=(16,), **kwargs, min_tokens=0)
         begin = 0
         for size in chunks:
             end = begin + size

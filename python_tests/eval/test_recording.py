@@ -19,7 +19,7 @@ def test_replay_equals_prefill(kind, policy):
     ids, _ = prompts(1, 400)
     with torch.no_grad(), patch(model):
         recording = record(model, ids[:, :380])
-        caches = [SmartKVCache(model.config, budget=0.25, policy=policy, window=32) for _ in range(2)]
+        caches = [SmartKVCache(model.config, budget=0.25, policy=policy, window=32, min_tokens=0) for _ in range(2)]
         model(ids[:, :380], **cache_kwargs(caches[0]))
         replay(recording, caches[1])
         logits = [model(ids[:, 380:], **cache_kwargs(cache)).logits for cache in caches]

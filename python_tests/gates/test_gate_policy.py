@@ -41,7 +41,7 @@ def test_the_cache_keeps_what_the_gate_ranks_highest(chunks):
     model = tiny("qwen2")
     ids, _ = prompts(1, 200)
     policy = gate_of(model)
-    cache = SmartKVCache(model.config, budget=None, policy=policy, window=16, sinks=4, tiers=(16,))
+    cache = SmartKVCache(model.config, budget=None, policy=policy, window=16, sinks=4, tiers=(16,), min_tokens=0)
     want = own_scores(model, ids, policy.gates)
     with smartkv_ext.patch(model), torch.no_grad():
         for piece in ids.split(chunks, 1):
@@ -67,7 +67,7 @@ def test_a_decoding_step_scores_all_layers_in_one_launch(monkeypatch):
     launches = []
     score = policy.gates.score
     monkeypatch.setattr(policy.gates, "score", lambda keys, *rest: launches.append(len(keys)) or score(keys, *rest))
-    cache = SmartKVCache(model.config, budget=None, policy=policy, window=16)
+    cache = SmartKVCache(model.config, budget=None, policy=policy, window=16, min_tokens=0)
     with smartkv_ext.patch(model), torch.no_grad():
         model(ids[:, :50], **cache_kwargs(cache))
         assert launches == [1] * 4
@@ -82,9 +82,9 @@ def test_padding_and_beams_and_files_carry_the_scores(tmp_path):
     gate_of(model).gates.save_pretrained(tmp_path / "gates")
     with smartkv_ext.patch(model):
         options = {"budget": 0.25, "policy": get_policy("gate", gates=str(tmp_path / "gates")), "window": 16}
-        cache = SmartKVCache(model.config, **options)
+        cache = SmartKVCache(model.config, **options, min_tokens=0)
         model.generate(ids, attention_mask=mask, **cache_kwargs(cache), max_new_tokens=8, do_sample=False)
-        alone = SmartKVCache(model.config, **options)
+        alone = SmartKVCache(model.config, **options, min_tokens=0)
         model.generate(ids[:1], **cache_kwargs(alone), max_new_tokens=8, do_sample=False)
         a, b = cache.layers[2].window.held("key_score")[0], alone.layers[2].window.held("key_score")[0]
         torch.testing.assert_close(a[:, -16:], b[:, -16:], rtol=0.02, atol=0.02)
@@ -93,7 +93,7 @@ def test_padding_and_beams_and_files_carry_the_scores(tmp_path):
         assert again.report().total_bytes == cache.report().total_bytes
         assert torch.equal(again.layers[1].window.held("key_score"), cache.layers[1].window.held("key_score"))
         assert copy.deepcopy(again).smartkv_config.policy.gates == again.smartkv_config.policy.gates
-        beams = SmartKVCache(model.config, **options)
+        beams = SmartKVCache(model.config, **options, min_tokens=0)
         model.generate(ids, attention_mask=mask, **cache_kwargs(beams), max_new_tokens=6, num_beams=2)
 
 
@@ -101,7 +101,7 @@ def test_bytes_are_counted_and_weights_are_reported():
     model = tiny("qwen2")
     ids, _ = prompts(1, 400)
     policy = gate_of(model)
-    cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=16)
+    cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=16, min_tokens=0)
     with smartkv_ext.patch(model), torch.no_grad():
         model(ids, **cache_kwargs(cache))
     report = cache.report()
@@ -116,14 +116,16 @@ def test_a_wrong_model_is_refused():
     with pytest.raises(ValueError, match="belong to another model: this one has num_layers 2, not 4"):
         SmartKVCache(tiny("qwen2", num_hidden_layers=2).config, policy=policy)
     twin = tiny("qwen2", seed=9)
-    cache = SmartKVCache(twin.config, policy=policy)
+    cache = SmartKVCache(twin.config, policy=policy, min_tokens=0)
     with smartkv_ext.patch(twin), pytest.raises(ValueError, match="another model of the same shape"):
         twin(prompts(1, 30)[0], **cache_kwargs(cache))
     with pytest.raises(ValueError, match="no gates for this model come with the package"):
-        SmartKVCache(model.config, policy="gate")
+        SmartKVCache(model.config, policy="gate", min_tokens=0)
     with pytest.raises(ValueError, match="no gates for this model come with the package"):
-        SmartKVCache(model.config, policy=get_policy("evolved", expression="recent + gate"))
-    cache = SmartKVCache(twin.config, policy=get_policy("evolved", expression="recent + gate", gates=policy.gates))
+        SmartKVCache(model.config, policy=get_policy("evolved", expression="recent + gate"), min_tokens=0)
+    cache = SmartKVCache(
+        twin.config, policy=get_policy("evolved", expression="recent + gate", gates=policy.gates), min_tokens=0
+    )
     with smartkv_ext.patch(twin), pytest.raises(ValueError, match="another model of the same shape"):
         twin(prompts(1, 30)[0], **cache_kwargs(cache))
 
@@ -211,7 +213,7 @@ def test_gates_inside_other_policies(tmp_path):
         get_policy("adakv", base=gate, floor=0.3),
         get_policy("map", default=gate, rules=[streaming, {"layers": 1, "policy": gate | {"threshold": 0.5}}]),
     ):
-        cache = SmartKVCache(model.config, budget=0.3, policy=policy, window=16)
+        cache = SmartKVCache(model.config, budget=0.3, policy=policy, window=16, min_tokens=0)
         with smartkv_ext.patch(model), torch.no_grad():
             model(ids, **cache_kwargs(cache))
         report = cache.report()

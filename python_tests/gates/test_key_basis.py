@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 def decoded(model, key_basis, **arguments):
     """Logits of a prefill, of tokens in ones and fours, and the cache. No token comes twice: keys would tie."""
     ids = torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(0))[None, :300]
-    cache = SmartKVCache(model.config, window=32, key_basis=key_basis, **arguments)
+    cache = SmartKVCache(model.config, window=32, key_basis=key_basis, **arguments, min_tokens=0)
     with torch.no_grad(), patch(model):
         pieces = [model(x, **cache_kwargs(cache)).logits for x in ids.split([200, *[1] * 60, *[4] * 10], 1)]
     return torch.cat(pieces, 1), cache
@@ -160,22 +160,27 @@ def test_gates_of_a_policy_bring_theirs(name, folder):
             "evolved": {"expression": "gate + recent"}}[name]  # fmt: skip
     if name in ("gate", "auto", "evolved"):
         spec["gates"] = str(folder)
-    cache = SmartKVCache(model.config, policy={"name": name, **spec})
+    cache = SmartKVCache(model.config, policy={"name": name, **spec}, min_tokens=0)
     assert torch.equal(cache.smartkv_config.key_basis.packed, random_basis().half())
-    assert SmartKVCache(model.config, policy={"name": name, **spec}, key_basis=False).smartkv_config.key_basis is None
+    assert (
+        SmartKVCache(
+            model.config, policy={"name": name, **spec}, key_basis=False, min_tokens=0
+        ).smartkv_config.key_basis
+        is None
+    )
 
 
 def test_wrong_arguments_are_named(folder, tmp_path):
     model = qwen()
     with pytest.raises(TypeError, match="key_basis must be True, False, or a folder or hub id of gates; got int"):
-        SmartKVCache(model.config, key_basis=1)
+        SmartKVCache(model.config, key_basis=1, min_tokens=0)
     with pytest.raises(ValueError, match="does not exist"):
-        SmartKVCache(model.config, key_basis=tmp_path / "nowhere")
+        SmartKVCache(model.config, key_basis=tmp_path / "nowhere", min_tokens=0)
     with pytest.raises(ValueError, match="belong to another model: this one has num_layers 3, not 4"):
-        SmartKVCache(qwen(num_hidden_layers=3).config, key_basis=folder)
+        SmartKVCache(qwen(num_hidden_layers=3).config, key_basis=folder, min_tokens=0)
     random_gates(ModelFacts.from_config(model.config)).save_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="has none: measure one"):
-        SmartKVCache(model.config, key_basis=str(tmp_path / "none"))
+        SmartKVCache(model.config, key_basis=str(tmp_path / "none"), min_tokens=0)
 
 
 @pytest.mark.parametrize(

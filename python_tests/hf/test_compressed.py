@@ -87,7 +87,7 @@ class Replay:
 def compressed_run(model, ids, mask, new=70, values=False, **kwargs):
     with smartkv_ext.patch(model):
         # Rounded queries would change the tokens where two logits are all but equal.
-        cache = SmartKVCache(model.config, **(dict(window=24, sinks=4, precision="fp32") | kwargs))
+        cache = SmartKVCache(model.config, **(dict(window=24, sinks=4, precision="fp32") | kwargs), min_tokens=0)
         recorder = Recorder(cache, values)
         hook = model.register_forward_pre_hook(recorder, with_kwargs=True)
         out = generate(model, ids, mask, cache, new=new)
@@ -151,7 +151,7 @@ def test_beams_reorder_like_copies(kind):
     model = tiny(kind)
     ids, mask = prompts(2)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.5, policy="knorm", window=24, tiers=(4, 8))
+        cache = SmartKVCache(model.config, budget=0.5, policy="knorm", window=24, tiers=(4, 8), min_tokens=0)
         with torch.no_grad():
             model(ids, attention_mask=mask, **cache_kwargs(cache))
         index = torch.tensor([1, 1, 0, 1])
@@ -161,7 +161,7 @@ def test_beams_reorder_like_copies(kind):
         with torch.no_grad():
             many = model(tokens, attention_mask=longer, **cache_kwargs(cache)).logits
             for row, source in enumerate(index.tolist()):
-                alone = SmartKVCache(model.config, budget=0.5, policy="knorm", window=24, tiers=(4, 8))
+                alone = SmartKVCache(model.config, budget=0.5, policy="knorm", window=24, tiers=(4, 8), min_tokens=0)
                 model(ids[source : source + 1], attention_mask=mask[source : source + 1], **cache_kwargs(alone))
                 one = model(tokens[row : row + 1], attention_mask=longer[row : row + 1], **cache_kwargs(alone)).logits
                 assert (many[row] - one[0]).abs().max() < 2e-2  # windows of a batch share their size: not bit-equal
@@ -176,7 +176,7 @@ def test_generate_with_beams_and_compression_runs_within_budget():
     model = tiny("qwen3")
     ids, mask = prompts(2, 400)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=16)
+        cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=16, min_tokens=0)
         model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=30, **cache_kwargs(cache), do_sample=False)
     assert cache.report().tokens_per_tier["evicted"] >= 0
 
@@ -188,7 +188,7 @@ def test_assisted_decoding_never_pays_for_a_rejected_draft():
     ids, mask = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)
     kwargs = dict(budget=0.4, policy="streaming_llm", tiers=(8,), window=32)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, **kwargs)
+        cache = SmartKVCache(model.config, **kwargs, min_tokens=0)
         out = model.generate(
             ids,
             attention_mask=mask,
@@ -206,7 +206,7 @@ def test_crop_into_packed_tokens():
     model = tiny("qwen2")
     ids, mask = prompts(2)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
+        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16, min_tokens=0)
         model(ids, attention_mask=mask, **cache_kwargs(cache))
         cache.crop(-70)
         assert cache.get_seq_length() == 80
@@ -220,7 +220,7 @@ def test_reset_and_deepcopy():
     model = tiny("qwen2")
     ids, mask = prompts(2)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=24)
+        cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=24, min_tokens=0)
         first = generate(model, ids, mask, cache)
         twin = copy.deepcopy(cache)
         assert twin.layers[0].window.held("k").data_ptr() != cache.layers[0].window.held("k").data_ptr()

@@ -43,7 +43,7 @@ def test_no_host_traffic(name):
     ids, _ = prompts(1, 230)
     watched = 0
     with smartkv_ext.patch(model), torch.inference_mode():
-        cache = SmartKVCache(model.config, budget=0.5, policy=usable(name, model), window=32)
+        cache = SmartKVCache(model.config, budget=0.5, policy=usable(name, model), window=32, min_tokens=0)
         model(ids[:, :200], **cache_kwargs(cache))
         assert any(layer.store.cache_seqlens.sum() > 0 for layer in cache.layers)
         for i in range(200, 230):
@@ -68,7 +68,7 @@ def test_the_store_asks_twice(monkeypatch):
     monkeypatch.setattr(PagedStore, "update", update)
     monkeypatch.setattr(PagedStore, "_counts", lambda self, pages: asked.append(0) or counts(self, pages))
     with smartkv_ext.patch(model), torch.inference_mode():
-        cache = SmartKVCache(model.config, budget=0.7, policy="keydiff", window=32)
+        cache = SmartKVCache(model.config, budget=0.7, policy="keydiff", window=32, min_tokens=0)
         model(ids[:, :200], **cache_kwargs(cache))
         assert len(asked) == 2
         for i in range(200, 230):

@@ -16,7 +16,7 @@ from smartkv_ext.hf import cache_kwargs
 def exact(model, **kwargs):
     """A cache whose tokens leave a small window for 16-bit pages, and nothing is lost."""
     arguments = dict(budget=None, policy="full", tiers=(16,), window=16, sinks=4) | kwargs
-    return SmartKVCache(model.config, **arguments)
+    return SmartKVCache(model.config, **arguments, min_tokens=0)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

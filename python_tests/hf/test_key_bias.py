@@ -29,7 +29,7 @@ def divergence(model, **arguments):
     ids, _ = prompts(1, 300)
     with torch.no_grad(), smartkv_ext.patch(model):
         full = model(ids).logits[0, 260:].log_softmax(-1)
-        cache = SmartKVCache(model.config, budget=None, policy="full", window=32, **arguments)
+        cache = SmartKVCache(model.config, budget=None, policy="full", window=32, **arguments, min_tokens=0)
         model(ids[:, :260], **cache_kwargs(cache))
         ours = model(ids[:, 260:], **cache_kwargs(cache)).logits[0].log_softmax(-1)
     return (full.exp() * (full - ours)).sum(-1).mean().item()

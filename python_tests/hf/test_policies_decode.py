@@ -35,7 +35,7 @@ def test_512_new_tokens_in_a_padded_batch(spec):
     ids, mask = prompts(2, 200)
     limit = 105_000 * model.config.num_hidden_layers
     with smartkv_ext.patch(model), torch.inference_mode():
-        cache = SmartKVCache(model.config, budget=f"{limit}b", policy=usable(spec, model), window=48)
+        cache = SmartKVCache(model.config, budget=f"{limit}b", policy=usable(spec, model), window=48, min_tokens=0)
         logits = model(ids, attention_mask=mask, **cache_kwargs(cache)).logits
         before = evicted(cache)
         for step in range(512):
@@ -64,7 +64,9 @@ def test_every_scope_and_tier_allocation(name, tiers, budget, scope):
     model = tiny("qwen2", num_hidden_layers=3)
     ids, mask = prompts(2, 500)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=budget, policy=name, tiers=tiers, scope=scope, window=32)
+        cache = SmartKVCache(
+            model.config, budget=budget, policy=name, tiers=tiers, scope=scope, window=32, min_tokens=0
+        )
         generate(model, ids, mask, cache, new=40)
     report = cache.report()
     assert report.ratio <= budget and evicted(cache) > 20 < sum(report.tokens_per_tier[str(t)] for t in tiers)
@@ -78,7 +80,9 @@ def test_saved_and_loaded_it_goes_on_as_before(tmp_path, spec):
     model = tiny("qwen3")
     ids, mask = prompts(2, 300)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.5, policy=usable(spec, model, tmp_path / "gates"), window=24)
+        cache = SmartKVCache(
+            model.config, budget=0.5, policy=usable(spec, model, tmp_path / "gates"), window=24, min_tokens=0
+        )
         out = generate(model, ids, mask, cache, new=21)
         cache.save(tmp_path / "cache.safetensors")
         loaded = SmartKVCache.load(tmp_path / "cache.safetensors", model.config)
@@ -94,7 +98,7 @@ def test_crop_then_go_on(spec):
     model = tiny("qwen2")
     ids, mask = prompts(2, 300)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=0.6, policy=usable(spec, model), window=24)
+        cache = SmartKVCache(model.config, budget=0.6, policy=usable(spec, model), window=24, min_tokens=0)
         model(ids, attention_mask=mask, **cache_kwargs(cache))
         cache.crop(-120)
         assert all(layer.store.is_empty or int(layer.store.positions().max()) < 180 for layer in cache.layers)
@@ -108,7 +112,7 @@ def test_assisted_decoding_runs_with_a_policy_that_accumulates():
     ids, mask = prompts(1, 100)
     ids, mask = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.4, policy="layer_aware", window=32)
+        cache = SmartKVCache(model.config, budget=0.4, policy="layer_aware", window=32, min_tokens=0)
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=60, do_sample=False, **cache_kwargs(cache),
             prompt_lookup_num_tokens=4,
@@ -123,7 +127,7 @@ def test_layers_get_what_the_policy_says():
     held = {}
     for spec in ("snapkv", "pyramidkv", {"name": "map", "default": "snapkv", "rules": RULES[:1]}):
         with smartkv_ext.patch(model), torch.no_grad():
-            cache = SmartKVCache(model.config, budget=0.25, policy=usable(spec, model), window=32)
+            cache = SmartKVCache(model.config, budget=0.25, policy=usable(spec, model), window=32, min_tokens=0)
             model(ids, **cache_kwargs(cache))
         assert cache.report().ratio <= 0.25
         held[str(spec)] = [sum(pool.nbytes for pool in layer.store.pools) for layer in cache.layers]
@@ -148,7 +152,9 @@ def test_heads_share_a_layers_budget_with_a_floor():
     for floor in (0.0, 0.3, 1.0, None):
         spec = "knorm" if floor is None else {"name": "adakv", "base": "knorm", "floor": floor}
         with smartkv_ext.patch(model), torch.no_grad():
-            cache = SmartKVCache(model.config, budget=0.125, policy=usable(spec, model), window=32, tiers=(3,))
+            cache = SmartKVCache(
+                model.config, budget=0.125, policy=usable(spec, model), window=32, tiers=(3,), min_tokens=0
+            )
             model(ids, **cache_kwargs(cache))
         assert cache.report().ratio <= 0.125
         records[floor] = cache.layers[1].store.cache_seqlens[0, :, 0].tolist()

@@ -42,7 +42,7 @@ def test_pre_rope_keys_rotate_into_the_keys(kind, copied):
     ids, mask = prompts(2)
     with smartkv_ext.patch(model):
         model = copy.deepcopy(model) if copied else model
-        cache = SmartKVCache(model.config, budget=0.9, policy=Spy(), window=24)
+        cache = SmartKVCache(model.config, budget=0.9, policy=Spy(), window=24, min_tokens=0)
         generate(model, ids, mask, cache, new=40)
     assert set(SEEN) == set(range(4)) and len(SEEN[0]) > 1
     offset = (mask == 0).sum(1)  # RoPE counts from the first real token, positions from the first token

@@ -13,7 +13,7 @@ def test_records_beyond_the_sliding_window_are_freed():
     model = tiny("mistral_sliding")  # slides over 50 tokens
     ids, _ = prompts(1, 1200)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget="200kB", policy="knorm", tiers=(4,), window=16)
+        cache = SmartKVCache(model.config, budget="200kB", policy="knorm", tiers=(4,), window=16, min_tokens=0)
         for start in range(0, 1200, 100):
             model(ids[:, start : start + 100], **cache_kwargs(cache))
             assert cache.report().total_bytes <= 200_000
@@ -27,7 +27,7 @@ def test_full_policy_spends_a_large_budget_without_losing_a_token():
     model = tiny("qwen2")
     ids, _ = prompts(1, 1100)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=0.5, policy="full", window=16)
+        cache = SmartKVCache(model.config, budget=0.5, policy="full", window=16, min_tokens=0)
         model(ids[:, :1000], **cache_kwargs(cache))
         for step in range(1000, 1100):
             model(ids[:, step : step + 1], **cache_kwargs(cache))
@@ -38,7 +38,7 @@ def test_compression_goes_on_after_assisted_decoding():
     model = tiny("qwen2")
     ids, mask = prompts(1, 300)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=0.4, policy="keydiff", window=16)
+        cache = SmartKVCache(model.config, budget=0.4, policy="keydiff", window=16, min_tokens=0)
         out = model.generate(
             ids,
             attention_mask=mask,
@@ -68,7 +68,7 @@ def test_another_attention_implementation_is_refused():
     model = tiny("qwen2")
     ids, _ = prompts(1, 60)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config)
+        cache = SmartKVCache(model.config, min_tokens=0)
         model(ids, **cache_kwargs(cache))
         model.set_attn_implementation("sdpa")
         with pytest.raises(RuntimeError, match="needs a patched model"):
@@ -81,7 +81,10 @@ def test_prefill_in_inference_mode_then_generate():
     ids, mask = prompts(1, 200)
     arguments = dict(budget=0.5, policy="keydiff", window=24)
     with smartkv_ext.patch(model):
-        a, b = SmartKVCache(model.config, **arguments), SmartKVCache(model.config, **arguments)
+        a, b = (
+            SmartKVCache(model.config, **arguments, min_tokens=0),
+            SmartKVCache(model.config, **arguments, min_tokens=0),
+        )
         with torch.inference_mode():
             model(ids[:, :150], **cache_kwargs(a))
         with torch.no_grad():
@@ -93,7 +96,7 @@ def test_crop_keeps_counts_buffers_and_anchors_true():
     model = tiny("qwen2")
     ids, mask = prompts(2, 150)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=16)
+        cache = SmartKVCache(model.config, budget=0.5, policy="keydiff", window=16, min_tokens=0)
         model(ids, attention_mask=mask, **cache_kwargs(cache))
         cache.crop(-110)
         layer = cache.layers[0]
@@ -111,7 +114,7 @@ def test_cropping_into_a_forgotten_sliding_window_is_refused():
     model = tiny("mistral_sliding")
     ids, _ = prompts(1, 200)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
+        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16, min_tokens=0)
         model(ids, **cache_kwargs(cache))
         with pytest.raises(ValueError, match="slides over 50 tokens and has forgotten"):
             cache.crop(-70)
@@ -121,7 +124,7 @@ def test_a_refused_crop_changes_no_layer():
     model = tiny("qwen3_hybrid")  # two full layers, then two that slide over 40 tokens
     ids, _ = prompts(1, 200)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
+        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16, min_tokens=0)
         model(ids, **cache_kwargs(cache))
         with pytest.raises(ValueError, match="has forgotten"):
             cache.crop(-70)
@@ -135,7 +138,7 @@ def test_repeating_rows_keeps_a_byte_budget():
     model = tiny("qwen2")
     ids, _ = prompts(1, 800)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget="600kB", policy="knorm", window=16)
+        cache = SmartKVCache(model.config, budget="600kB", policy="knorm", window=16, min_tokens=0)
         model(ids, **cache_kwargs(cache))
         cache.batch_repeat_interleave(4)
         model(ids[:, :1].expand(4, 1), **cache_kwargs(cache))
@@ -148,7 +151,7 @@ def test_remembered_queries_stay_within_their_share():
     model = tiny("qwen3", num_attention_heads=16)
     ids, _ = prompts(1, 1200)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=0.25, policy="snapkv")
+        cache = SmartKVCache(model.config, budget=0.25, policy="snapkv", min_tokens=0)
         model(ids[:, :1024], **cache_kwargs(cache))
         for start in range(1024, 1200, 2):
             model(ids[:, start : start + 2], **cache_kwargs(cache))

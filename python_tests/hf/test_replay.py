@@ -48,7 +48,10 @@ def test_replayed_generation(name):
     ids, _ = prompts(1, 380)
     recorder = Recorder()
     with smartkv_ext.patch(model), torch.no_grad():
-        caches = [SmartKVCache(model.config, budget=0.9, policy=usable(name, model), window=64) for _ in range(2)]
+        caches = [
+            SmartKVCache(model.config, budget=0.9, policy=usable(name, model), window=64, min_tokens=0)
+            for _ in range(2)
+        ]
         for cache in caches:
             model(ids[:, :300], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 300)
@@ -73,7 +76,7 @@ def test_replayed_batch_with_padding(kind):
     prompt = 180
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with smartkv_ext.patch(model), torch.no_grad():
-        caches = [SmartKVCache(model.config, budget=0.5, window=32) for _ in range(2)]
+        caches = [SmartKVCache(model.config, budget=0.5, window=32, min_tokens=0) for _ in range(2)]
         for cache in caches:
             model(
                 ids[:, :prompt], attention_mask=mask[:, :prompt], position_ids=positions[:, :prompt],
@@ -89,12 +92,12 @@ def test_replayed_batch_with_padding(kind):
 def test_refuses_an_empty_cache():
     model = tiny("qwen2", num_hidden_layers=1)
     with smartkv_ext.patch(model), pytest.raises(ValueError, match="must hold the prompt"):
-        ReplayedDecoder(model, SmartKVCache(model.config))
+        ReplayedDecoder(model, SmartKVCache(model.config, min_tokens=0))
 
 
 def test_graphs_need_cuda():
     model = tiny("qwen2", num_hidden_layers=1)
-    cache = SmartKVCache(model.config)
+    cache = SmartKVCache(model.config, min_tokens=0)
     with torch.no_grad(), smartkv_ext.patch(model):
         model(torch.ones(1, 4, dtype=torch.int64), **cache_kwargs(cache))
         with pytest.raises(ValueError, match=r"cache must be on a CUDA device: .* got cpu"):
@@ -103,7 +106,7 @@ def test_graphs_need_cuda():
 
 def decoder_behind(model, ids, steps, record=None):
     """(decoder, cache) that has seen 300 + ``steps`` tokens, with a step recorded."""
-    cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64)
+    cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64, min_tokens=0)
     model(ids[:, :300], **cache_kwargs(cache))
     decoder = ReplayedDecoder(model, cache, record=record or Recorder())
     for i in range(300, 300 + steps):
@@ -199,7 +202,7 @@ def test_a_step_that_fails_is_taken_back(policy, part):
     model = tiny("qwen2", num_hidden_layers=2)
     ids, _ = prompts(1, 320)
     with smartkv_ext.patch(model), torch.no_grad():
-        caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64) for _ in range(2)]
+        caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64, min_tokens=0) for _ in range(2)]
         for cache in caches:
             model(ids[:, :300], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 300)
@@ -221,7 +224,7 @@ def test_refuses_a_cache_that_could_not_be_taken_back():
     model = tiny("mistral_sliding", num_hidden_layers=2)
     ids, _ = prompts(1, 320)
     with smartkv_ext.patch(model), torch.no_grad():
-        cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64)
+        cache = SmartKVCache(model.config, budget=0.9, policy="keydiff", window=64, min_tokens=0)
         model(ids[:, :200], **cache_kwargs(cache))
         decoder = ReplayedDecoder(model, cache, record=Recorder())
         at = 200
@@ -240,7 +243,7 @@ def test_compiled_steps_are_not_compiled_anew():
     ids, _ = prompts(1, 190)
     counter = CompileCounterWithBackend("eager")
     with smartkv_ext.patch(model), torch.no_grad():
-        caches = [SmartKVCache(model.config, budget=0.5, window=32) for _ in range(2)]
+        caches = [SmartKVCache(model.config, budget=0.5, window=32, min_tokens=0) for _ in range(2)]
         for cache in caches:
             model(ids[:, :150], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 150)
@@ -350,7 +353,7 @@ def test_cuda_graphs(name):
     model, (ids, _) = model.to("cuda", torch.bfloat16), prompts(1, 380)
     ids = ids.to("cuda")
     with smartkv_ext.patch(model), torch.no_grad():
-        caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64) for _ in range(2)]
+        caches = [SmartKVCache(model.config, budget=0.9, policy=policy, window=64, min_tokens=0) for _ in range(2)]
         for cache in caches:
             model(ids[:, :300], **cache_kwargs(cache))
         expected = logits_of(model, caches[0], ids, 300)

@@ -54,7 +54,7 @@ def test_a_renamed_argument_changes_nothing():
         layer.__class__ = RenamedLayer
         layer.self_attn.__class__ = RenamedAttention
     with torch.no_grad(), smartkv_ext.patch(model), smartkv_ext.patch(plain):
-        caches = [SmartKVCache(model.config, budget=0.5, window=32) for _ in range(2)]
+        caches = [SmartKVCache(model.config, budget=0.5, window=32, min_tokens=0) for _ in range(2)]
         for part in (ids[:, :180], ids[:, 180:]):
             got = renamed(part, kv_store=caches[0]).last_hidden_state
             assert torch.equal(got, plain.model(part, **cache_kwargs(caches[1])).last_hidden_state)

@@ -24,7 +24,7 @@ def run(model, ids, mask):
     results = {"plain": generate(model, ids, mask, new=20)}
     with smartkv_ext.patch(model):
         for name, arguments in CACHES.items():
-            results[name] = generate(model, ids, mask, SmartKVCache(model.config, **arguments), new=20)
+            results[name] = generate(model, ids, mask, SmartKVCache(model.config, **arguments, min_tokens=0), new=20)
     return {name: (out.sequences, torch.stack(out.logits)) for name, out in results.items()}
 
 

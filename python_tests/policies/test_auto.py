@@ -28,7 +28,7 @@ def shipped(monkeypatch, tmp_path):
 
 def filled(model, policy):
     ids, _ = prompts(1, 300)
-    cache = SmartKVCache(model.config, budget=0.5, policy=policy, window=32)
+    cache = SmartKVCache(model.config, budget=0.5, policy=policy, window=32, min_tokens=0)
     with torch.no_grad(), patch(model):
         model(ids[:, :280], **cache_kwargs(cache))
         for i in range(280, 300):
@@ -97,7 +97,7 @@ def test_own_gates_are_mixed_as_the_default_mixes(shipped, tmp_path_factory):
 def test_own_gates_that_do_not_fit_are_refused(shipped, tmp_path):
     policy = {"name": "auto", "gates": str(tmp_path / "tiny")}
     with pytest.raises(ValueError, match="does not exist"):
-        SmartKVCache(shipped.config, policy=policy | {"gates": str(tmp_path / "nowhere")})
+        SmartKVCache(shipped.config, policy=policy | {"gates": str(tmp_path / "nowhere")}, min_tokens=0)
     with pytest.raises(ValueError, match="belong to another model: this one has"):
         SmartKVCache(tiny("llama", num_key_value_heads=4).config, policy=policy)
     with pytest.raises(ValueError, match="belong to another model of the same shape"):

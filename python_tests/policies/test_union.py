@@ -48,7 +48,7 @@ def test_in_a_cache_and_as_a_specification():
     assert policy.prefill_queries == 32 and policy.decode_queries == 8
     ids, _ = prompts(1, 400)
     with torch.no_grad(), patch(model):
-        cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32)
+        cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32, min_tokens=0)
         model(ids[:, :300], **cache_kwargs(cache))
         for i in range(300, 400):
             model(ids[:, i : i + 1], **cache_kwargs(cache))
@@ -68,7 +68,7 @@ def test_a_part_with_gates():
     kept = []
     with torch.no_grad(), patch(model):
         for policy in (gate, get_policy("union", parts=(gate, "keydiff"), weights=(1e6, 1))):
-            cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32)
+            cache = SmartKVCache(model.config, budget=0.25, policy=policy, window=32, min_tokens=0)
             model(ids, **cache_kwargs(cache))
             kept.append([kept_by_head(layer.store.positions()[0]) for layer in cache.layers])
     for alone, outweighed in zip(*kept, strict=True):

@@ -52,7 +52,7 @@ def test_exact_on_smollm2(smollm2):
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     reference = generate(model, inputs)
     with smartkv_ext.patch(model):
-        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16)
+        cache = SmartKVCache(model.config, budget=None, policy="full", tiers=(16,), window=16, min_tokens=0)
         ours = generate(model, inputs, cache)
     assert cache.report().tokens_per_tier["16"] > 300
     assert torch.equal(reference.sequences, ours.sequences)
@@ -72,7 +72,7 @@ def divergences(model, tokenizer, settings, prefill=2048, tokens=256):
         full = model(ids[:, prefill:], **cache_kwargs(cache)).logits[0].log_softmax(-1)
         with smartkv_ext.patch(model):
             for setting in settings:
-                cache = SmartKVCache(model.config, **({"budget": None, "policy": "full"} | setting))
+                cache = SmartKVCache(model.config, **({"budget": None, "policy": "full"} | setting), min_tokens=0)
                 model(ids[:, :prefill], **cache_kwargs(cache), logits_to_keep=1)
                 ours = model(ids[:, prefill:], **cache_kwargs(cache)).logits[0].log_softmax(-1)
                 results.append((full.exp() * (full - ours)).sum(-1).mean().item())
@@ -109,7 +109,7 @@ def test_planted_fact_on_qwen(qwen):
     tail = tokenizer(whole[cut:], return_tensors="pt").input_ids
     answers = []
     with smartkv_ext.patch(model), torch.no_grad():
-        for cache in (DynamicCache(), SmartKVCache(model.config, budget=None, policy="full", tiers=(4,))):
+        for cache in (DynamicCache(), SmartKVCache(model.config, budget=None, policy="full", tiers=(4,), min_tokens=0)):
             model(head, **cache_kwargs(cache), logits_to_keep=1)
             out = model.generate(torch.cat([head, tail], 1), **cache_kwargs(cache), max_new_tokens=12, do_sample=False)
             answers.append(tokenizer.decode(out[0, head.shape[1] + tail.shape[1] :], skip_special_tokens=True))

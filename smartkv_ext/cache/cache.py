@@ -20,7 +20,7 @@ from .arrivals import score_arrivals
 from .basis import find_key_basis
 from .clock import StepClock
 from .compress import compress
-from .config import CacheConfig, ModelGeometry, inverse_frequencies
+from .config import MIN_TOKENS, CacheConfig, ModelGeometry, inverse_frequencies
 from .layer import SmartKVLayer
 from .report import CacheReport, layer_bytes, report
 
@@ -43,6 +43,8 @@ class SmartKVCache(Cache):
             16; 16 is the model's own dtype. Default: K3V2, K4V3, 4, 8 and 16, and 2 as well under a policy that evicts
             nothing.
         sinks: first tokens of each sequence, never packed.
+        min_tokens: a budget that is a fraction never means fewer bytes than those of this many tokens in the model's
+            dtype: shorter contexts are simply kept, and 1/8 binds from 8 times as many tokens on.
         window: newest tokens, never packed. It shrinks where it would take more than a quarter of the budget.
         scope: "head": every KV head decides for itself; "layer": a token lives or dies in all heads of a layer;
             "global": in all layers.
@@ -73,6 +75,7 @@ class SmartKVCache(Cache):
         mean_shift: bool = True,
         precision: str = "auto",
         key_basis: bool | str | Path = True,
+        min_tokens: int = MIN_TOKENS,
     ) -> None:
         config = _config_of(config)
         geometry = ModelGeometry.from_config(config)
@@ -83,6 +86,7 @@ class SmartKVCache(Cache):
             geometry, inverse_frequencies(config), budget=budget,
             policy=chosen, tiers=tiers, sinks=sinks, window=window, scope=scope, levels=levels, mean_shift=mean_shift,
             precision=precision, key_basis=None if self._basis_of is None else self._basis_of.basis,
+            min_tokens=min_tokens,
         )  # fmt: skip
         num_layers = geometry.num_layers
         self.clock = StepClock(num_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 
 from smartkv_ext import ops
 from smartkv_ext.policies import RecordView, TokenView
-from smartkv_ext.reference.layout import PAGE_SIZE, TIERS, tier_name
+from smartkv_ext.reference.layout import PAGE_SIZE, tier_name
 
 from .config import KEY_SCORE, UNLIMITED
 from .layer import SmartKVLayer
@@ -39,7 +40,7 @@ def compress(layers: list[SmartKVLayer], softmax_scale: float) -> None:
 
     With scope "global" the layers must be all layers of the model, at the same length; else any subset.
     """
-    sizes = [layer.dense_sizes() for layer in layers]
+    sizes = [layer.plan() for layer in layers]
     candidates = [_collect(layer, window, softmax_scale) for layer, (window, _) in zip(layers, sizes, strict=True)]
     scope = layers[0].config.scope
     if scope == "global":
@@ -172,14 +173,12 @@ def _mean_key(layer: SmartKVLayer) -> torch.Tensor:
 def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     """(batch,) int64 bytes that the pages of a layer may take: the budget less everything else that the layer holds."""
     config, store = layer.config, layer.store
-    batch, heads, _, head_dim = layer.window.shape
-    per_row = [config.layer_budget(n, batch, heads) for n in layer.row_tokens.tolist()]
+    batch, heads = layer.window.shape[:2]
     itemsize = layer.dtype.itemsize
+    per_row = [config.layer_budget(n, batch, heads, itemsize) for n in layer.row_tokens.tolist()]
     dense = (config.num_sinks + sum(size)) * (config.dense_token_bytes(heads, itemsize) + 4)
-    fixed = heads * (head_dim * 4 + 4 * len(config.quant.tiers))  # mean keys and record counts
-    fixed += sum(x.nbytes // batch for x in layer.state.values()) + 24  # count of row tokens, position and slot
-    if config.policy.decode_queries and layer.queries is not None:
-        fixed += config.policy.decode_queries * layer.queries.shape[1] * head_dim * itemsize
+    fixed = config.fixed_bytes(heads) + sum(x.nbytes // batch for x in layer.state.values())
+    fixed += layer.query_keep * config.query_bytes(heads, itemsize)
     if per_row[0] >= UNLIMITED:
         return torch.full((batch,), UNLIMITED, dtype=torch.int64, device=layer.device)
     share = 1.0
@@ -200,20 +199,17 @@ def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
 def _select(layer: SmartKVLayer, scores: torch.Tensor, current: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
     """scores, current (batch, heads, n), budgets (batch,) -> tiers (batch, heads, n).
 
-    A policy that keeps every token gets an error where the budget would lose one.
+    A policy that keeps every token warns where the budget loses some: those that it ranks lowest.
     """
     policy, quant = layer.config.policy, layer.config.quant
     page_bytes = [x.page_bytes + page_meter_bytes(policy) for x in layer.store.layouts]
     evict_distortion = 1.0 if policy.evicts else EVICT_NEVER
     tiers = ops.select_kv(scores, current, budgets, page_bytes, quant.loss, evict_distortion)
     if not policy.evicts and bool(((tiers < 0) & (current >= 0)).any()):
-        pages = (current >= 0).sum(-1).add(PAGE_SIZE - 1).div(PAGE_SIZE, rounding_mode="floor").sum(-1)
-        lower = ", allow a lower tier" if quant.tiers[0] > TIERS[0] else ""
-        raise ValueError(
-            f"budget is too small for policy {policy.name!r}, which keeps every token: at "
-            f"{tier_name(quant.tiers[0])} bits the pages of layer {layer.layer_idx} need "
-            f"{page_bytes[0] * int(pages.max()):,} bytes and may use {int(budgets.min()):,}; raise the "
-            f"budget{lower}, or choose a policy that evicts"
+        warnings.warn(
+            f"at {tier_name(quant.tiers[0])} bits the budget no longer holds every token, as policy {policy.name!r} "
+            "wants: the oldest go. Raise the budget, or choose a policy that evicts",
+            stacklevel=2,
         )
     return tiers
 
@@ -304,5 +300,5 @@ def _apply(layer: SmartKVLayer, found: _Candidates, tiers: torch.Tensor, size: t
         layer.window.drop(found.outside, found.sink, num_sinks, layer.capacity)
     layer.after_packing()
     if layer.queries is not None:
-        keep = layer.config.policy.decode_queries
+        keep = layer.query_keep
         layer.queries = layer.queries[:, :, -keep:].clone() if keep else None

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from smartkv_ext.gates import KeyBasis
 from smartkv_ext.policies import Policy, get_policy
 from smartkv_ext.quant import Budget, QuantSpec, default_tiers, parse_budget
-from smartkv_ext.reference.layout import HEAD_DIMS, PAGE_SIZE
+from smartkv_ext.reference.layout import HEAD_DIMS, PAGE_SIZE, tier_name
 
 from .meter import meter_names
 
@@ -23,6 +23,8 @@ MIN_BLOCK = 8  # fewest tokens packed at a time
 MAX_BLOCK = PAGE_SIZE
 DENSE_SHARE = 0.25  # of the byte budget that sinks and window may take before the window shrinks
 UNLIMITED = 2**62
+MIN_TOKENS = 128  # a fraction never means fewer bytes than this many full tokens take
+STATE_SHARE = 0.05  # of the byte budget that a policy may remember queries in
 KEY_SCORE = "key_score"  # buffer of the window: what the policy said of a token when it came
 
 
@@ -35,6 +37,7 @@ class ModelGeometry:
     head_dim: int
     max_positions: int | None
     sliding_windows: tuple[int, ...] = field(default=())  # per layer, 0: full attention
+    num_heads: int = field(default=0, compare=False)  # of queries; no part of a cache's shape
 
     @classmethod
     def from_config(cls, config: Any) -> ModelGeometry:
@@ -59,6 +62,7 @@ class ModelGeometry:
             head_dim=head_dim,
             max_positions=getattr(config, "max_position_embeddings", None),
             sliding_windows=tuple((window or 0) if t == "sliding_attention" else 0 for t in types),
+            num_heads=config.num_attention_heads,
         )
 
 
@@ -88,19 +92,20 @@ class CacheConfig:
     geometry: ModelGeometry
     inv_freq: tuple[float, ...] = ()  # RoPE angles per position of the channel pairs, for policies that look ahead
     key_basis: KeyBasis | None = None  # in which keys are held
+    min_tokens: int = MIN_TOKENS
 
     @classmethod
     def create(
         cls, geometry: ModelGeometry, inv_freq: tuple[float, ...], *, budget: float | str | Budget | None,
         policy: str | Policy, tiers: Sequence[int | str] | None, sinks: int, window: int, scope: str, levels: str,
-        mean_shift: bool, precision: str, key_basis: KeyBasis | None,
+        mean_shift: bool, precision: str, key_basis: KeyBasis | None, min_tokens: int = MIN_TOKENS,
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-        for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
+        for name, value, least in (("sinks", sinks, 0), ("window", window, 1), ("min_tokens", min_tokens, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int; got {type(value).__name__}")
             if value < least:
@@ -122,9 +127,22 @@ class CacheConfig:
             geometry=geometry,
             inv_freq=inv_freq,
             key_basis=key_basis,
+            min_tokens=min_tokens,
         )
         config.check_budget(torch.bfloat16.itemsize, batch=1)
+        config.check_keeps_all()
         return config
+
+    def check_keeps_all(self) -> None:
+        """Raise ValueError for a fraction at which a policy that keeps every token cannot keep them at any tier."""
+        g = self.geometry
+        record = self.quant.layouts(g.head_dim, torch.bfloat16)[0].page_bytes / PAGE_SIZE
+        least = record / (2 * g.head_dim * torch.bfloat16.itemsize)
+        if not self.policy.evicts and self.budget.fraction is not None and self.budget.fraction < least:
+            raise ValueError(
+                f"budget must be at least {least:.3f} of the full cache for policy {self.policy.name!r}, which keeps "
+                f"every token, at {tier_name(self.quant.tiers[0])} bits or more; got {self.budget.fraction:.4g}"
+            )
 
     def dense_token_bytes(self, num_kv_heads: int, itemsize: int) -> int:
         """Bytes of a token in the dense window of one layer, its position aside."""
@@ -141,36 +159,61 @@ class CacheConfig:
         """Names of the window's buffers of one float32 per token and head."""
         return meter_names(self.policy) + ((KEY_SCORE,) if self.policy.scores_keys else ())
 
-    def full_bytes(self, tokens: int) -> int:
-        """Bytes of the full bf16 cache of ``tokens`` tokens, all layers and heads of the whole model."""
+    def full_bytes(self, tokens: int, itemsize: int = torch.bfloat16.itemsize) -> int:
+        """Bytes of the full cache (bf16 is the yardstick) of ``tokens`` tokens, all layers and heads of the model."""
         g = self.geometry
-        return tokens * g.num_layers * g.num_kv_heads * g.head_dim * 2 * torch.bfloat16.itemsize
+        return tokens * g.num_layers * g.num_kv_heads * g.head_dim * 2 * itemsize
+
+    def query_bytes(self, num_kv_heads: int, itemsize: int) -> int:
+        """Bytes of one remembered query in all heads of a layer, of which ``num_kv_heads`` KV heads are here."""
+        g = self.geometry
+        return g.num_heads * num_kv_heads // g.num_kv_heads * g.head_dim * itemsize
+
+    def decode_queries(self, tokens: int, batch: int, num_kv_heads: int, itemsize: int) -> int:
+        """How many of the newest queries the policy may remember between packings: those that it asks for, fewer where
+        they would take more than STATE_SHARE of a layer's bytes, at least one if it asks for any."""
+        room = int(STATE_SHARE * self.layer_budget(tokens, batch, num_kv_heads, itemsize))
+        return min(self.policy.decode_queries, max(room // self.query_bytes(num_kv_heads, itemsize), 1))
 
     def check_budget(self, itemsize: int, batch: int) -> None:
         """Raise ValueError if the budget can never hold sinks and the smallest window of ``batch`` sequences."""
         g = self.geometry
         dense = self.num_sinks + min(self.window, MIN_WINDOW) + MIN_BLOCK
-        per_token = g.num_layers * self.dense_token_bytes(g.num_kv_heads, itemsize)
-        need = batch * (dense * per_token + g.num_layers * g.num_kv_heads * g.head_dim * 4)
+        per_layer = dense * (self.dense_token_bytes(g.num_kv_heads, itemsize) + 4)
+        per_layer += self.fixed_bytes(g.num_kv_heads)
+        per_layer += self.query_bytes(g.num_kv_heads, itemsize) if self.policy.decode_queries else 0
+        need = batch * g.num_layers * per_layer
         limit = self.budget.num_bytes
         if self.budget.fraction is not None and g.max_positions:
-            limit = self.budget.limit(batch * self.full_bytes(g.max_positions))
+            limit = self.fraction_limit(g.max_positions, itemsize, batch)
         if limit is not None and limit < need:
             raise ValueError(
                 f"budget must be at least {need:,} bytes: {self.num_sinks} sinks, {dense - self.num_sinks} recent "
-                f"tokens and the mean keys of {batch} sequence(s) need them; got {limit:,} bytes"
+                f"tokens, mean keys and tables of {batch} sequence(s) need them; got {limit:,} bytes"
             )
 
-    def layer_budget(self, tokens: int, batch: int, num_kv_heads: int) -> int:
+    def fixed_bytes(self, num_kv_heads: int) -> int:
+        """Bytes of a sequence in a layer that depend on no token: mean keys, counts of records and of tokens, position
+        and slot."""
+        return num_kv_heads * (self.geometry.head_dim * 4 + 4 * len(self.quant.tiers)) + 24
+
+    def fraction_limit(self, tokens: int, itemsize: int, batch: int = 1) -> int:
+        """Bytes that a fraction means for ``tokens`` tokens of each of ``batch`` sequences: it begins to bind where it
+        is worth ``min_tokens`` tokens in the model's own dtype, and what is shorter is kept."""
+        assert self.budget.fraction is not None
+        floor = self.full_bytes(min(tokens, self.min_tokens), itemsize)
+        return batch * max(int(self.budget.fraction * self.full_bytes(tokens)), floor)
+
+    def layer_budget(self, tokens: int, batch: int, num_kv_heads: int, itemsize: int) -> int:
         """Bytes that one layer of one sequence may hold: the budget of ``tokens`` tokens split evenly over the layers.
 
         ``num_kv_heads`` are the local heads: under tensor parallelism every rank holds its share.
         """
-        limit = self.budget.limit(self.full_bytes(tokens))
+        limit = None if self.budget.num_bytes is None else self.budget.num_bytes // batch
+        if self.budget.fraction is not None:
+            limit = self.fraction_limit(tokens, itemsize)
         if limit is None:
             return UNLIMITED
-        if self.budget.num_bytes is not None:
-            limit //= batch
         g = self.geometry
         return limit * num_kv_heads // (g.num_layers * g.num_kv_heads)
 
@@ -185,3 +228,15 @@ class CacheConfig:
         room = int(DENSE_SHARE * layer_budget) // per_token - self.num_sinks
         block = min(MAX_BLOCK, max(MIN_BLOCK, min(self.window // 2, room * 2 // 3)))
         return min(self.window, max(MIN_WINDOW, room - block)), block
+
+    def first_capacity(self, tokens: int, batch: int, num_kv_heads: int, itemsize: int) -> int:
+        """Tokens at which a layer packs for the first time when ``tokens`` come first: never while all of them fit as
+        they are."""
+        budget = self.layer_budget(tokens, batch, num_kv_heads, itemsize)
+        capacity = self.num_sinks + sum(self.dense_sizes(budget, num_kv_heads, itemsize))
+        if self.budget.fraction is not None:
+            return max(capacity, self.min_tokens + 1)
+        if self.budget.num_bytes is None:
+            return capacity
+        room = budget - self.fixed_bytes(num_kv_heads)
+        return max(capacity, room // (self.dense_token_bytes(num_kv_heads, itemsize) + 4))

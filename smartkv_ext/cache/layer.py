@@ -53,6 +53,7 @@ class SmartKVLayer(CacheLayerMixin):
         self.queries: torch.Tensor | None = None  # newest queries, for policies that ask for them
         self.head_offset = 0
         self.capacity = 0
+        self.query_keep = 0  # newest queries to remember between packings
         self.softmax_scale = 0.0
         self.recent_count = 0  # queries behind the meter's "recent" sums
         self.record_past = False  # lossy steps wait until crop() commits (assisted decoding)
@@ -73,11 +74,6 @@ class SmartKVLayer(CacheLayerMixin):
         self._rows, self._uncounted = counts, 0
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of ``row_tokens``, which asking for it would update."""
-        return self._rows.nbytes
-
-    @property
     def basis(self) -> LayerBasis:
         """The basis in which window and store hold keys."""
         found, heads = self.config.key_basis, self.window.shape[1]
@@ -92,10 +88,11 @@ class SmartKVLayer(CacheLayerMixin):
             raise ValueError(f"key_states must have head_dim {self.config.geometry.head_dim}; got {head_dim}")
         self.dtype, self.device = key_states.dtype, key_states.device
         self.config.check_budget(self.dtype.itemsize, batch)
-        budget = self.config.layer_budget(self.seen + q_len, batch, heads)
-        window, block = self.config.dense_sizes(budget, heads, self.dtype.itemsize)
-        self.capacity = self.config.num_sinks + window + block  # slots in use at which the oldest are packed
-        shape = (batch, heads, self.capacity, head_dim)
+        # Slots in use at which the oldest are packed. Until then the window grows token by token, so that a short
+        # context holds no more than a full cache.
+        self.capacity = self.config.first_capacity(self.seen + q_len, batch, heads, self.dtype.itemsize)
+        self.query_keep = self.config.decode_queries(self.seen + q_len, batch, heads, self.dtype.itemsize)
+        shape = (batch, heads, 0, head_dim)
         self.window = DenseWindow(self.config.buffers, shape, self.dtype, self.device, self.config.sums)
         self.store = PagedStore(self.config.quant, batch, heads, head_dim, self.dtype, self.device)
         self.meter = AttentionMeter(self.config.policy, self.store)
@@ -289,14 +286,16 @@ class SmartKVLayer(CacheLayerMixin):
         """Whether the next token's query counts in "recent" sums; None where its step packs or changes a shape."""
         if not self.is_initialized or self.record_past or self.window.used + 1 >= self.capacity:
             return None
-        keep = self.config.policy.decode_queries
+        keep = self.query_keep
+        if self.store.is_empty and self.window.used + 1 + keep < self.capacity:
+            keep = 0  # as for remember_queries
         if keep and (self.queries is None or self.queries.shape[2] != keep):
             return None
         return self.window.used + 1 > self.capacity - self.config.policy.recent_queries
 
     def make_ready(self) -> None:
-        """Room for a token, and what the device must know before it comes."""
-        self.window.make_ready(self.seen, 1)
+        """Room for all tokens up to the next packing, and what the device must know before the first comes."""
+        self.window.make_ready(self.seen, self.capacity - self.window.used)
         self._slot(self.window.used)
         self.clock.entry(self.device, POSITION, self.seen)
 
@@ -311,8 +310,10 @@ class SmartKVLayer(CacheLayerMixin):
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
         policy = self.config.policy
-        keep = policy.decode_queries
-        if self.is_due():  # packing lets go of all but ``decode_queries`` of them
+        keep = self.query_keep
+        if self.store.is_empty and self.window.used + keep < self.capacity:
+            keep = 0  # packing, which wants the newest, is further away than that
+        if self.is_due():  # packing lets go of all but these
             keep = max(keep, min(q.shape[2], policy.prefill_queries))
         if keep:
             past = (q if self.queries is None else torch.cat([self.queries, q], 2))[:, :, -keep:]
@@ -389,11 +390,10 @@ class SmartKVLayer(CacheLayerMixin):
         """True when enough tokens have gathered beyond the window to be packed."""
         return not self.record_past and self.window.used >= self.capacity
 
-    def budget(self) -> int:
-        """Bytes for this layer of a sequence of average length."""
-        tokens = int(self.row_tokens.sum()) // self.batch_size
-        return self.config.layer_budget(tokens, self.batch_size, self.window.shape[1])
-
-    def dense_sizes(self) -> tuple[int, int]:
-        """(window, block) under the present budget; the rows of a batch share them."""
-        return self.config.dense_sizes(self.budget(), self.window.shape[1], self.dtype.itemsize)
+    def plan(self) -> tuple[int, int]:
+        """(window, block) under the present budget, as for ``CacheConfig.dense_sizes``, and how many queries are
+        remembered from now on. The rows of a batch share them: they are those of a sequence of average length."""
+        config, (batch, heads), itemsize = self.config, self.window.shape[:2], self.dtype.itemsize
+        tokens = int(self.row_tokens.sum()) // batch
+        self.query_keep = config.decode_queries(tokens, batch, heads, itemsize)
+        return config.dense_sizes(config.layer_budget(tokens, batch, heads, itemsize), heads, itemsize)

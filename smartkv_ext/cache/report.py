@@ -65,8 +65,8 @@ def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
         "scores": 0,
         "slack": 0,
         "block tables": store.block_table.nbytes,
-        "lengths": store.cache_seqlens.nbytes + layer.row_tokens.nbytes,
-        "means": store.k_mean.nbytes,
+        "lengths": store.cache_seqlens.nbytes * (not store.is_empty) + layer.row_tokens.nbytes,
+        "means": store.k_mean.nbytes * (not store.is_empty),
         "policy state": sum(x.nbytes for x in layer.state.values())
         + layer.meter.nbytes
         + (0 if layer.queries is None else layer.queries.nbytes),
@@ -87,9 +87,9 @@ def layer_bytes(layer: SmartKVLayer) -> int:
     """Bytes of all tensors of one layer, without waiting for the device."""
     if not layer.is_initialized:
         return 0
-    parts = [*layer.window.tensors().values(), *layer.store.tensors().values(), *layer.state.values()]
+    parts = [*layer.window.tensors().values(), *layer.state.values(), layer.row_tokens]
     parts += [] if layer.queries is None else [layer.queries]
-    return sum(x.nbytes for x in parts) + layer.row_bytes + layer.meter.nbytes
+    return sum(x.nbytes for x in parts) + layer.store.nbytes + layer.meter.nbytes
 
 
 def report(layers: list[SmartKVLayer]) -> CacheReport:

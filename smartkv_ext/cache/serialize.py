@@ -46,6 +46,7 @@ def save(cache: SmartKVCache, path: Path) -> None:
         "policy": config.policy.spec(),
         "quant": dataclasses.asdict(config.quant),
         "num_sinks": config.num_sinks,
+        "min_tokens": config.min_tokens,
         "window": config.window,
         "scope": config.scope,
         "precision": config.precision,
@@ -63,7 +64,8 @@ def _layer_header(layer: SmartKVLayer) -> dict[str, Any] | None:
     if not layer.is_initialized:
         return None
     fields = {name: getattr(layer, name) for name in _LAYER_FIELDS}
-    return fields | {"recording": layer.record_past, "used": layer.window.used, "sink_slots": layer.window.sink_slots}
+    fields |= {"recording": layer.record_past, "query_keep": layer.query_keep}
+    return fields | {"used": layer.window.used, "sink_slots": layer.window.sink_slots}
 
 
 def _layer_tensors(layer: SmartKVLayer) -> dict[str, torch.Tensor]:
@@ -112,6 +114,7 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
         policy=policy,
         quant=QuantSpec(**quant),
         num_sinks=header["num_sinks"],
+        min_tokens=header.get("min_tokens", 0),  # files of before have no floor
         window=header["window"],
         scope=header["scope"],
         precision=header.get("precision", "auto"),
@@ -145,6 +148,7 @@ def _restore(layer: SmartKVLayer, fields: dict[str, Any], tensors: dict[str, tor
     for name in _LAYER_FIELDS:
         setattr(layer, name, fields[name])
     layer.record_past = fields["recording"]
+    layer.query_keep = fields.get("query_keep", layer.config.policy.decode_queries)  # older files do not say
     k = tensors["window.k"]
     batch, heads, _, head_dim = k.shape
     layer.dtype, layer.device = k.dtype, k.device

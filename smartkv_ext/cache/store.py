@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,12 @@ def _order(mask: torch.Tensor) -> torch.Tensor:
     return mask.flatten().cumsum(0).view_as(mask) - 1
 
 
+@functools.lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
 class PagedStore:
     """Owns the pools, the block table and the record counts of a layer. All state is in plain tensors.
 
@@ -35,8 +42,14 @@ class PagedStore:
         tiers = len(spec.tiers)
         self.pools = [torch.empty(0, x.page_bytes, dtype=torch.uint8, device=device) for x in self.layouts]
         self.block_table = torch.empty(batch, num_kv_heads, tiers, 0, dtype=torch.int32, device=device)
-        self.cache_seqlens = torch.zeros(batch, num_kv_heads, tiers, dtype=torch.int32, device=device)
-        self.k_mean = torch.zeros(batch, num_kv_heads, head_dim, dtype=torch.float32, device=device)
+        # Shared by all stores until the first record, so that a context that is not packed pays for no tables.
+        self.cache_seqlens = _zeros((batch, num_kv_heads, tiers), torch.int32, device)
+        self.k_mean = _zeros((batch, num_kv_heads, head_dim), torch.float32, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pools and tables; 0 before the first record."""
+        return 0 if self.is_empty else sum(x.nbytes for x in self.tensors().values())
 
     @property
     def is_empty(self) -> bool:
@@ -104,6 +117,8 @@ class PagedStore:
         num_kv_heads, n).
         """
         tiers = range(len(self.spec.tiers))
+        if self.is_empty:
+            self.cache_seqlens = self.cache_seqlens.clone()
         if targets is None:
             kept = self.cache_seqlens
         else:
@@ -178,6 +193,11 @@ class PagedStore:
 
     def index_select(self, index: torch.Tensor) -> None:
         """Make row i a copy of the old row index[i]; rows that nobody takes give their pages back."""
+        if self.is_empty:
+            tables = self.cache_seqlens, self.k_mean
+            self.cache_seqlens, self.k_mean = (_zeros((len(index), *x.shape[1:]), x.dtype, x.device) for x in tables)
+            self.block_table = self.block_table.index_select(0, index)
+            return
         self.cache_seqlens = self.cache_seqlens.index_select(0, index)
         self.k_mean = self.k_mean.index_select(0, index)
         table = self.block_table.index_select(0, index)
@@ -191,6 +211,8 @@ class PagedStore:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name: what is saved, loaded and counted."""
         named = {"block_table": self.block_table, "cache_seqlens": self.cache_seqlens, "k_mean": self.k_mean}
+        if self.is_empty:  # what stores share, no two may give away
+            named = {name: x.clone() for name, x in named.items()}
         return named | {f"pages_{tier}": pool for tier, pool in zip(self.spec.tiers, self.pools, strict=True)}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -126,7 +126,7 @@ def get_method(spec: str) -> Method:
 
 def smartkv_arguments(options: Mapping[str, str]) -> dict[str, Any]:
     """Arguments of SmartKVCache from text. Raises ValueError for a number that is none."""
-    arguments: dict[str, Any] = dict(options)
+    arguments: dict[str, Any] = {"min_tokens": 0} | dict(options)  # methods are compared at the bytes that they name
     if arguments.get("budget") == "none":
         arguments["budget"] = None
     if "tiers" in arguments:
@@ -134,7 +134,7 @@ def smartkv_arguments(options: Mapping[str, str]) -> dict[str, Any]:
     for name in ("mean_shift", "key_basis"):
         if arguments.get(name) in ("0", "1"):
             arguments[name] = arguments[name] == "1"
-    for name in ("window", "sinks"):
+    for name in ("window", "sinks", "min_tokens"):
         if name in arguments:
             arguments[name] = int(arguments[name])
     return arguments

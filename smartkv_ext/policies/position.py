@@ -17,8 +17,8 @@ def recency(view: TokenView) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keep every token; under a budget, newer ones at more bits. The cache refuses a budget that cannot hold all of
-    them."""
+    """Keep every token; under a budget, newer ones at more bits. A fraction that could not hold them at the lowest tier
+    is refused; where bytes no longer do, the oldest go, with a warning."""
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "keep every token, the budget only chooses its bits"
