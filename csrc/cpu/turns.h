@@ -19,19 +19,18 @@ struct SinCos {
 // Of angles in units of 2^-32 turns.
 template <bool EXACT>
 SMARTKV_INLINE SinCos sin_cos(I angle) {
-  const I rest = (angle << 1) >> 1;  // the sign bit is lost: a half turn
-  const I sign = (angle ^ rest) & splat(INT32_MIN);
-  const F z = to_float(rest) * splat(Wave::QUARTERS_PER_UNIT);
+  const F z = to_float(angle) * splat(Wave::HALF_TURNS_PER_UNIT);
   F square = z * z;
   keep(square);
-  const auto polynomial = [&](const float (&factor)[5]) {
-    F sum = splat(factor[4]);
+  const auto polynomial = [&](const float (&factor)[Wave::TERMS]) {
+    F sum = splat(factor[Wave::TERMS - 1]);
     SMARTKV_UNROLL
-    for (int i = 3; i >= 0; --i) sum = multiply_add<EXACT>(sum, square, splat(factor[i]));
+    for (int i = Wave::TERMS - 2; i >= 0; --i) {
+      sum = multiply_add<EXACT>(sum, square, splat(factor[i]));
+    }
     return sum;
   };
-  const F sin = polynomial(Wave::SIN) * z, cos = polynomial(Wave::COS);
-  return {as_float(as_int(sin) ^ sign), as_float(as_int(cos) ^ sign)};
+  return {polynomial(Wave::SIN) * z, polynomial(Wave::COS)};
 }
 
 // row += SIGN * what turns, at a position.

@@ -88,12 +88,13 @@ class CacheConfig:
     geometry: ModelGeometry
     inv_freq: tuple[float, ...] = ()  # RoPE angles per position of the channel pairs, for policies that look ahead
     key_basis: KeyBasis | None = None  # in which keys are held
+    turn_freq: tuple[float, ...] = ()  # inv_freq where mean keys may turn by it: see turning.py
 
     @classmethod
     def create(
         cls, geometry: ModelGeometry, inv_freq: tuple[float, ...], *, budget: float | str | Budget | None,
         policy: str | Policy, tiers: Sequence[int | str] | None, sinks: int, window: int, scope: str, levels: str,
-        mean_shift: bool, precision: str, key_basis: KeyBasis | None,
+        mean_shift: bool, precision: str, key_basis: KeyBasis | None, turn_freq: tuple[float, ...] = (),
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
         if scope not in SCOPES:
@@ -122,6 +123,7 @@ class CacheConfig:
             geometry=geometry,
             inv_freq=inv_freq,
             key_basis=key_basis,
+            turn_freq=turn_freq,
         )
         config.check_budget(torch.bfloat16.itemsize, batch=1)
         return config

@@ -166,6 +166,4 @@ def compact_kv(
     """
     check_levels(levels)
     check_dtype(dtype, "dtype")
-    _compact_kv(
-        pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels, dtype, k_turns, turn_steps
-    )
+    _compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels, dtype, k_turns, turn_steps)

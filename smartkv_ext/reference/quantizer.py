@@ -277,9 +277,7 @@ def compact_kv(
                 for s in range(num_tiers - 1, t, -1):  # then the demoted, from the highest tier down
                     for i in range(lengths[s]):
                         if int(targets[b, h, s, i]) == t:
-                            record = _demote(
-                                _read(*slot(s, i), dtype), shift_at, tier_bits[s], tier_bits[t], levels
-                            )
+                            record = _demote(_read(*slot(s, i), dtype), shift_at, tier_bits[s], tier_bits[t], levels)
                             _write(*slot(t, n), record)
                             n += 1
                 cache_seqlens[b, h, t] = n
