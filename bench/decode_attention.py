@@ -27,7 +27,9 @@ from smartkv_ext import ops
 from smartkv_ext.reference.layout import TIERS
 
 
-def attention_calls(session: Session, cache: Packed, q: torch.Tensor, window_len: int = 0, **keywords: Any) -> Work:
+def attention_calls(
+    session: Session, cache: Packed, q: torch.Tensor, window_len: int = 0, turns: int = 0, **keywords: Any
+) -> Work:
     """Calls that attend over separate copies of the pages and of a dense window behind them."""
     batch, kv_heads, _, head_dim = (*cache.lengths.shape, q.shape[-1])
     table, lengths, mean = (x.to(session.device) for x in (cache.block_table, cache.lengths, cache.mean))
@@ -36,6 +38,10 @@ def attention_calls(session: Session, cache: Packed, q: torch.Tensor, window_len
     first = cache.q_start
     positions = torch.arange(first, first + window_len, dtype=torch.int32, device=session.device).expand(batch, -1)
     start = torch.tensor([first + window_len], device=session.device)
+    if turns:  # as if the pages had been written with them: what they cost does not depend on it
+        shape = (batch, kv_heads, turns)
+        keywords["k_turns"] = torch.randn(*shape, 2, head_dim, device=session.device).half()
+        keywords["turn_steps"] = torch.randint(2**30, shape, dtype=torch.int32, device=session.device)
 
     def call(dense: torch.Tensor, *pools: torch.Tensor) -> Any:
         return ops.decode_attention(
@@ -146,6 +152,7 @@ def main(
     ] = False,
     mass: Annotated[bool, typer.Option("--mass", help="also with return_mass")] = False,
     error: Annotated[bool, typer.Option("--error", help="relative L2 error against float64")] = False,
+    turns: Annotated[int, typer.Option(min=0, max=8, help="turns of the mean key")] = 0,
     window: Annotated[int, typer.Option(min=0, help="tokens of the dense window, as in a decode step")] = 0,
     device: options.Device = "cpu",
     threads: options.Threads = 2,
@@ -158,17 +165,21 @@ def main(
     session = Session.open("decode_attention", device, threads, seconds, huge_pages, json, plot)
     if window >= kv_len or (window and error):
         raise typer.BadParameter(f"{window} must be below kv_len, and 0 with --error", param_hint="--window")
+    if turns and error:
+        raise typer.BadParameter(f"{turns} must be 0 with --error", param_hint="--turns")
     rivals = session.rivals(attention_rivals(session, batch, heads, kv_heads, q_len, kv_len, head_dim))
     tokens = Tokens.random(batch, kv_heads, kv_len - window, head_dim, session.device)
     q = torch.randn(batch, heads, q_len, head_dim).to(torch.bfloat16)
-    keywords: dict[str, Any] = {"window_len": window} | ({} if precision is None else {"precision": precision})
+    keywords: dict[str, Any] = {"window_len": window, "turns": turns} | (
+        {} if precision is None else {"precision": precision}
+    )
     extras = {"mix": mix, "mass": mass, "error": error}
     measured = [measure(session, width, tokens, q, rivals, extras, keywords) for width in bits]
     cases = [one.fields() for one in measured]
     rows = [row for one in measured for row in one.rows()] + rival_rows(cases[-1])
     context = session.context(
         kv_len=kv_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_len=q_len, batch=batch,
-        precision=precision, window=window,
+        precision=precision, window=window, turns=turns,
     )  # fmt: skip
     title = f"{heads} q / {kv_heads} kv heads, head_dim {head_dim}, {kv_len} tokens, q_len {q_len}, batch {batch}"
     session.show(title, rows, context | (cases[0] if len(cases) == 1 else {"cases": cases}))

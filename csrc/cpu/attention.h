@@ -7,6 +7,7 @@ namespace smartkv::SMARTKV_ISA {
 
 // Tiles that are attended together: all in one space, more than one only for few rows.
 struct TileBatch {
+  int64_t head;
   Tile tiles[BATCH_TILES];
   int count = 0;
 };
@@ -26,9 +27,15 @@ inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const 
     spans[i] = span_of_query(p, query_of_row(run, rows.begin + i));
     bias[i] = raw ? 0.0f : w.queries.bias[rows.begin + i];
   }
-  const Batch batch{tiles.tiles, tiles.count, spans,
-                    bias,        rows.count,  p.cache.head_dim,
-                    w.scores,    w.weights,   state_row(state, rows.begin, p.cache.head_dim)};
+  const Batch batch{tiles.tiles,
+                    tiles.count,
+                    spans,
+                    is_turned(run, tiles.tiles[0]) ? nullptr : bias,
+                    rows.count,
+                    p.cache.head_dim,
+                    w.scores,
+                    w.weights,
+                    state_row(state, rows.begin, p.cache.head_dim)};
   if (is_single) feed.begin(p.out == nullptr ? tiles.count : 2 * tiles.count);
   const auto lines = [&](const Tile& tile, int bits) {
     return is_single ? lines_for(feed, tile, bits, batch.head_dim) : no_lines(tile.positions);
@@ -37,7 +44,8 @@ inline void attend_block(const AttentionRun& run, const TileBatch& tiles, const 
     const Lines fetch = lines(tiles.tiles[t], tiles.tiles[t].k_bits);
     if (is_single) load_k(run, tiles.tiles[t], w, fetch);
     // Of several blocks some may see nothing of their only tile.
-    if (!multiply_queries(run, tiles.tiles[t], w, rows, fetch, batch.scores_at(t, 0))) return;
+    if (!multiply_queries(run, tiles.head, tiles.tiles[t], w, rows, fetch, batch.scores_at(t, 0)))
+      return;
   }
   const int digits = digits_of(run, tiles.tiles[0]);
   digits == 2   ? softmax_batch<2>(batch)
@@ -65,7 +73,7 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
   prepare_queries(p, piece.head, run.rotated, w.queries);
   clear_state(state, rows, p.cache.head_dim, w.queries);
   bool in_rotated_space = run.rotated;
-  TileBatch tiles;
+  TileBatch tiles{piece.head};
   const auto attend = [&] {
     if (tiles.count == 0) return;
     if (w.v_tile != w.k_tile) {  // several blocks share one decoded tile

@@ -8,12 +8,13 @@ namespace smartkv::SMARTKV_ISA {
 inline void add_mass_block(const AttentionRun& run, int64_t head, const Tile& tile,
                            const Workspace& w, RowBlock block, Lines fetch, float* mass) {
   const DecodeAttentionParams& p = run.p;
-  if (!multiply_queries(run, tile, w, block, fetch, w.scores)) return;
+  if (!multiply_queries(run, head, tile, w, block, fetch, w.scores)) return;
   for (int i = 0; i < block.count; ++i) {
     const int64_t row = block.begin + i;
     const float lse = p.lse[output_row(p, head, row)];
     if (!(lse > -INFINITY)) continue;
-    const float bias = tile.is_raw() ? 0.0f : w.queries.bias[row];
+    const float plain_bias = tile.is_raw() ? 0.0f : w.queries.bias[row];
+    const float* bias = is_turned(run, tile) ? nullptr : &plain_bias;
     const Span span = span_of_query(p, query_of_row(run, row));
     const float* s = w.scores + i * PAGE_SIZE;
     if (tile.all_visible) {

@@ -82,30 +82,31 @@ inline void multiply_integer(const AttentionRun& run, const Tile& tile, const Wo
              rows.from_row(block.begin), block.count, scores);
 }
 
-// Products of the queries of a block with a tile; false when none of them can see it.
-inline bool multiply_queries(const AttentionRun& run, const Tile& tile, const Workspace& w,
+inline void multiply_k_block(const AttentionRun& run, const Tile& tile, const Workspace& w,
                              RowBlock block, Lines fetch, float* scores) {
-  const DecodeAttentionParams& p = run.p;
-  const int64_t last = query_of_row(run, block.begin + block.count - 1);
-  if (span_of_query(p, last).high < tile.first_position) return false;
-  const int head_dim = p.cache.head_dim;
-  if (is_integer(run, tile)) {
-    multiply_integer(run, tile, w, block, fetch, scores);
-    return true;
-  }
+  const int head_dim = run.p.cache.head_dim;
+  if (is_integer(run, tile)) return multiply_integer(run, tile, w, block, fetch, scores);
   if (is_k_fused(run, tile)) {
-    multiply_k_rows(run.codecs.k[tile.ref.tier], k_stream(tile, fetch), block.count,
-                    w.queries.rotated, scores);
-    return true;
+    return multiply_k_rows(run.codecs.k[tile.ref.tier], k_stream(tile, fetch), block.count,
+                           w.queries.rotated, scores);
   }
   const float* q = tile.is_raw() ? w.queries.plain : w.queries.rotated;
   if (is_dense(run, tile)) {
-    dense_k_rows(tile.k, fetch, head_dim, block.count, q + block.begin * head_dim, scores);
-    return true;
+    return dense_k_rows(tile.k, fetch, head_dim, block.count, q + block.begin * head_dim, scores);
   }
   gemm<false>(
       {q + block.begin * head_dim, head_dim, w.k_tile, PAGE_SIZE, scores, PAGE_SIZE, head_dim},
       block.count, PAGE_SIZE);
+}
+
+// Products of the queries of a block with a tile, scores where a mean turns; false when none of
+// them can see it.
+inline bool multiply_queries(const AttentionRun& run, int64_t head, const Tile& tile,
+                             const Workspace& w, RowBlock block, Lines fetch, float* scores) {
+  const int64_t last = query_of_row(run, block.begin + block.count - 1);
+  if (span_of_query(run.p, last).high < tile.first_position) return false;
+  multiply_k_block(run, tile, w, block, fetch, scores);
+  if (is_turned(run, tile)) finish_turned(run, head, tile, w, block, scores);
   return true;
 }
 

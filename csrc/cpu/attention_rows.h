@@ -4,11 +4,13 @@
 
 namespace smartkv::SMARTKV_ISA {
 
-// Queries scaled by softmax_scale; `rotated` and `bias` = q . k_mean serve the quantised tiers.
+// Queries scaled by softmax_scale; `rotated`, `bias` = q . k_mean and `turns` serve the quantised
+// tiers.
 struct Queries {
   float* plain;      // [rows, head_dim]
   float* rotated;    // [rows, head_dim]
   float* bias;       // [rows]
+  float* turns;      // [rows, turns, 2]: q . U and q . V
   float* poison;     // [rows], NaN where the query holds NaN or infinity, else 0
   QueryDigits ints;  // the rotated queries, where the products are integer
 };
@@ -48,10 +50,16 @@ inline void prepare_queries(const DecodeAttentionParams& p, int64_t head, bool r
     }
     queries.poison[r] = hsum(poison);
     if (!rotated) continue;
-    const float* k_mean = p.cache.k_mean + head * head_dim;
+    const KeyShift shift = shift_of(p.cache, head);
     F dot = splat(0.0f);
-    for (int c = 0; c < head_dim; c += 16) dot = fma(load(q + c), load(k_mean + c), dot);
+    for (int c = 0; c < head_dim; c += 16) dot = fma(load(q + c), load(shift.mean + c), dot);
     queries.bias[r] = hsum(dot);
+    for (int i = 0; i < 2 * shift.turns; ++i) {
+      const uint16_t* vector = shift.vectors + i * head_dim;
+      dot = splat(0.0f);
+      for (int c = 0; c < head_dim; c += 16) dot = fma(load(q + c), load_fp16(vector + c), dot);
+      queries.turns[r * 2 * shift.turns + i] = hsum(dot);
+    }
     __builtin_memcpy(queries.rotated + r * head_dim, q, head_dim * sizeof(float));
     rotate(queries.rotated + r * head_dim, head_dim);
     if (MAX_DIGITS > 0 && p.precision != Precision::FLOAT32) {

@@ -50,6 +50,7 @@ inline Workspace carve_workspace(const DecodeAttentionParams& p, Carver& memory)
   w.queries.plain = memory.take<float>(values);
   w.queries.rotated = memory.take<float>(values);
   w.queries.bias = memory.take<float>(rows);
+  w.queries.turns = memory.take<float>(rows * 2 * p.cache.turns.count);
   w.queries.poison = memory.take<float>(rows);
   w.queries.ints.digits = memory.take<int8_t>(MAX_DIGITS * values);
   for (float*& scale : w.queries.ints.scale) scale = memory.take<float>(rows);

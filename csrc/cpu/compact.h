@@ -88,20 +88,20 @@ inline int64_t close_holes(const PagedKV& cache, const Tiers& tiers, int64_t hea
 inline void demote_record(const PagedKV& cache, const Tiers& tiers, int64_t head, int from_tier,
                           Slot from, int to_tier, Slot to) {
   const PageLayout &source = tiers.layout[from_tier], &target = tiers.layout[to_tier];
+  const auto position = get<int32_t>(from.page + source.position, from.index);
   if (source.is_raw()) {
     const int64_t row = int64_t{source.head_dim} * source.itemsize;
     const char* page = reinterpret_cast<const char*>(from.page);
     write_rows(target, tiers.encoder[to_tier], to, cache.raw_dtype,
                page + source.k_codes + from.index * row, page + source.v_codes + from.index * row,
-               cache.k_mean + head * cache.head_dim);
+               shift_of(cache, head), position);
   } else {
     alignas(64) float k[MAX_HEAD_DIM], v[MAX_HEAD_DIM];
     read_rotated(source, tiers.encoder[from_tier], from, k, v);
     write_rotated(target, tiers.encoder[to_tier], to, k, v);
     copy_equal_codes(target, to, source, from);
   }
-  write_label(target, to, get<int32_t>(from.page + source.position, from.index),
-              get<uint16_t>(from.page + source.score, from.index));
+  write_label(target, to, position, get<uint16_t>(from.page + source.score, from.index));
 }
 
 // Tiers are ascending: a demotion reads a tier that is still as it was.

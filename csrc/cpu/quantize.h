@@ -9,6 +9,7 @@ inline void quantize_page(const QuantizeParams& p, const Encoder& encoder, int64
   const int64_t b = head / p.num_kv_heads, h = head % p.num_kv_heads;
   const int64_t num_pages = (p.kv_len + PAGE_SIZE - 1) / PAGE_SIZE;
   uint8_t* out = p.pages + (head * num_pages + page) * p.page_bytes;
+  const KeyShift shift = shift_of_head(p.k_mean, p.turns, head, p.head_dim);
   if ((page + 1) * PAGE_SIZE > p.kv_len) __builtin_memset(out, 0, p.page_bytes);
   for (int s = 0; s < PAGE_SIZE; ++s) {
     const int64_t n = page * PAGE_SIZE + s;
@@ -17,9 +18,9 @@ inline void quantize_page(const QuantizeParams& p, const Encoder& encoder, int64
       continue;
     }
     const Slot slot{out, s};
-    write_rows(layout, encoder, slot, p.k.dtype, row_of(p.k, b, h, n), row_of(p.v, b, h, n),
-               p.k_mean + head * p.head_dim);
     const int64_t token = head * p.kv_len + n;
+    write_rows(layout, encoder, slot, p.k.dtype, row_of(p.k, b, h, n), row_of(p.v, b, h, n), shift,
+               p.positions[token]);
     write_label(layout, slot, p.positions[token], to_bf16(p.scores[token]));
   }
 }
@@ -45,12 +46,13 @@ inline void dequantize_page(const DequantizeParams& p, const Encoder& encoder, i
     return;
   }
   alignas(64) float k[MAX_HEAD_DIM], v[MAX_HEAD_DIM];
-  const float* k_mean = p.k_mean + head * head_dim;
+  const KeyShift shift = shift_of_head(p.k_mean, p.turns, head, head_dim);
   for (int s = 0; s < PAGE_SIZE; ++s) {
     read_rotated(layout, encoder, {const_cast<uint8_t*>(in), s}, k, v);
     rotate(k, head_dim, true);
     rotate(v, head_dim, true);
-    for (int c = 0; c < head_dim; c += 16) store(k + c, load(k + c) + load(k_mean + c));
+    for (int c = 0; c < head_dim; c += 16) store(k + c, load(k + c) + load(shift.mean + c));
+    if (shift.turns > 0) turn_row<1>(k, shift, get<int32_t>(in + layout.position, s), head_dim);
     store_row(at(p.k, p.dtype, first + s * head_dim), p.dtype, k, head_dim);
     store_row(at(p.v, p.dtype, first + s * head_dim), p.dtype, v, head_dim);
   }
@@ -86,6 +88,10 @@ struct Tiers {
   }
 };
 
+SMARTKV_INLINE KeyShift shift_of(const PagedKV& cache, int64_t head) {
+  return shift_of_head(cache.k_mean, cache.turns, head, cache.head_dim);
+}
+
 // Record i of a tier of a head.
 inline Slot slot_of(const PagedKV& cache, int64_t head, int tier, int64_t i) {
   const int64_t entry = (head * cache.num_tiers + tier) * cache.max_pages + i / PAGE_SIZE;
@@ -97,13 +103,14 @@ inline void append_head(const AppendParams& p, const Tiers& tiers, int64_t head)
   const PagedKV& cache = p.cache;
   const int64_t b = head / cache.num_kv_heads, h = head % cache.num_kv_heads;
   int32_t* lengths = cache.cache_seqlens + head * cache.num_tiers;
+  const KeyShift shift = shift_of(cache, head);
   for (int64_t i = 0; i < p.new_len; ++i) {
     const int64_t token = head * p.new_len + i;
     const int t = p.tiers[token];
     if (t < 0) continue;
     const Slot slot = slot_of(cache, head, t, lengths[t]++);
     write_rows(tiers.layout[t], tiers.encoder[t], slot, p.k.dtype, row_of(p.k, b, h, i),
-               row_of(p.v, b, h, i), cache.k_mean + head * cache.head_dim);
+               row_of(p.v, b, h, i), shift, p.positions[token]);
     write_label(tiers.layout[t], slot, p.positions[token], to_bf16(p.scores[token]));
   }
 }

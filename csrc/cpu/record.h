@@ -248,7 +248,7 @@ inline void write_rotated(const PageLayout& layout, const Encoder& encoder, Slot
 
 // Writes K and V rows of the model's dtype into a slot of a raw or quantised page.
 inline void write_rows(const PageLayout& layout, const Encoder& encoder, Slot slot, DType dtype,
-                       const char* k, const char* v, const float* k_mean) {
+                       const char* k, const char* v, const KeyShift& shift, int32_t position) {
   const int head_dim = layout.head_dim;
   if (layout.is_raw()) {
     const int64_t row = int64_t{head_dim} * layout.itemsize;
@@ -259,7 +259,8 @@ inline void write_rows(const PageLayout& layout, const Encoder& encoder, Slot sl
   alignas(64) float k_row[MAX_HEAD_DIM], v_row[MAX_HEAD_DIM];
   load_row(k_row, k, dtype, head_dim);
   load_row(v_row, v, dtype, head_dim);
-  for (int c = 0; c < head_dim; c += 16) store(k_row + c, load(k_row + c) - load(k_mean + c));
+  for (int c = 0; c < head_dim; c += 16) store(k_row + c, load(k_row + c) - load(shift.mean + c));
+  if (shift.turns > 0) turn_row<-1>(k_row, shift, position, head_dim);
   rotate(k_row, head_dim);
   rotate(v_row, head_dim);
   write_rotated(layout, encoder, slot, k_row, v_row);

@@ -19,6 +19,9 @@ typedef float v8f __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef float v16f __attribute__((vector_size(64)));
 typedef int32_t v16i __attribute__((vector_size(64)));
+typedef uint32_t v4u __attribute__((vector_size(16)));
+typedef uint32_t v8u __attribute__((vector_size(32)));
+typedef uint32_t v16u __attribute__((vector_size(64)));
 typedef uint8_t v16u8 __attribute__((vector_size(16)));
 
 // Two halves with the operators of a native vector.
@@ -77,7 +80,8 @@ SMARTKV_INLINE Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> lanes
 
 // ---- operations on one native register ----
 
-#define SMARTKV_NATIVE_OPS(VF, VI)                                                          \
+#define SMARTKV_NATIVE_OPS(VF, VI, VU)                                                      \
+  SMARTKV_INLINE VI multiply_low(VI a, VI b) { return (VI)((VU)a * (VU)b); }                \
   SMARTKV_INLINE VI gt(VF a, VF b) { return (VI)(a > b); }                                  \
   SMARTKV_INLINE VI gt(VI a, VI b) { return (VI)(a > b); }                                  \
   SMARTKV_INLINE VF select(VI mask, VF a, VF b) { return mask ? a : b; }                    \
@@ -91,9 +95,9 @@ SMARTKV_INLINE Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> lanes
   SMARTKV_INLINE void splat_to(VF& v, float x) { v = x - VF{}; }                            \
   SMARTKV_INLINE void splat_to(VI& v, int32_t x) { v = x - VI{}; }
 
-SMARTKV_NATIVE_OPS(v4f, v4i)
+SMARTKV_NATIVE_OPS(v4f, v4i, v4u)
 #if defined(SMARTKV_AVX512)
-SMARTKV_NATIVE_OPS(v16f, v16i)
+SMARTKV_NATIVE_OPS(v16f, v16i, v16u)
 SMARTKV_INLINE v16f fma(v16f a, v16f b, v16f c) {
   return (v16f)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -101,7 +105,7 @@ SMARTKV_INLINE v16f vmax(v16f a, v16f b) { return (v16f)_mm512_max_ps((__m512)a,
 SMARTKV_INLINE v16f vmin(v16f a, v16f b) { return (v16f)_mm512_min_ps((__m512)a, (__m512)b); }
 SMARTKV_INLINE v16i round_int(v16f a) { return (v16i)_mm512_cvtps_epi32((__m512)a); }
 #elif defined(SMARTKV_AVX2)
-SMARTKV_NATIVE_OPS(v8f, v8i)
+SMARTKV_NATIVE_OPS(v8f, v8i, v8u)
 SMARTKV_INLINE v8f fma(v8f a, v8f b, v8f c) {
   return (v8f)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -153,6 +157,10 @@ SMARTKV_INLINE Pair<V> select(Pair<M> mask, Pair<V> a, Pair<V> b) {
 template <class V>
 SMARTKV_INLINE Pair<V> fma(Pair<V> a, Pair<V> b, Pair<V> c) {
   return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
+template <class V>
+SMARTKV_INLINE Pair<V> multiply_low(Pair<V> a, Pair<V> b) {
+  return {multiply_low(a.lo, b.lo), multiply_low(a.hi, b.hi)};
 }
 template <class V>
 SMARTKV_INLINE Pair<V> vmax(Pair<V> a, Pair<V> b) {

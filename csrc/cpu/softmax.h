@@ -9,13 +9,14 @@ struct Batch {
   const Tile* tiles;
   int num_tiles;
   const Span* spans;  // [count]
-  const float* bias;  // [count]
+  const float* bias;  // [count], or null: the scores are final, K scale and bias included
   int count;          // rows; num_tiles * count is at most ROW_BLOCK
   int head_dim;
   float* scores;  // [num_tiles, count, 64]: products in; weights out where they stay floats
   ProbabilityDigits weights;
   State rows;  // of the first row
 
+  SMARTKV_INLINE const float* bias_of(int row) const { return bias == nullptr ? bias : bias + row; }
   SMARTKV_INLINE float* scores_at(int tile, int row) const {
     return scores + (tile * count + row) * PAGE_SIZE;
   }
@@ -35,13 +36,15 @@ SMARTKV_INLINE F exp_below(F x) {
   return exp2_fast(x * splat(1.44269504f));
 }
 
-// Scores of a row: products times the K scale plus the bias, -inf where unseen.
+// Scores of a row: products times the K scale plus the bias, -inf where unseen. No bias: they are
+// scores already.
 template <bool MASKED>
-SMARTKV_INLINE void finish_scores(const Tile& tile, Span span, float bias, const float* s,
+SMARTKV_INLINE void finish_scores(const Tile& tile, Span span, const float* bias, const float* s,
                                   F (&x)[4]) {
   SMARTKV_UNROLL
   for (int i = 0; i < 4; ++i) {
-    x[i] = fma(load(s + 16 * i), load(tile.k_scale + 16 * i), splat(bias));
+    x[i] = load(s + 16 * i);
+    if (bias != nullptr) x[i] = fma(x[i], load(tile.k_scale + 16 * i), splat(*bias));
     if constexpr (MASKED) {
       x[i] = select(visible_slots(tile, span, 16 * i), x[i], splat(-INFINITY));
     }
@@ -60,7 +63,7 @@ inline void find_tops(const Batch& batch, int tile, RowValues& tops) {
   for (int i = 0; i < ROW_BLOCK; i += 16) store(tops.at + i, splat(-INFINITY));
   for (int i = 0; i < batch.count; ++i) {
     F x[4];
-    finish_scores<MASKED>(batch.tiles[tile], batch.spans[i], batch.bias[i],
+    finish_scores<MASKED>(batch.tiles[tile], batch.spans[i], batch.bias_of(i),
                           batch.scores_at(tile, i), x);
     if constexpr (WEIGHTED) {
       SMARTKV_UNROLL
@@ -127,7 +130,7 @@ inline void weigh_tile(const Batch& batch, int t, const RowFactors& factors) {
   for (int i = 0; i < batch.count; ++i) {
     float* s = batch.scores_at(t, i);
     F x[4], total = splat(0.0f);
-    finish_scores<MASKED>(tile, batch.spans[i], batch.bias[i], s, x);
+    finish_scores<MASKED>(tile, batch.spans[i], batch.bias_of(i), s, x);
     SMARTKV_UNROLL
     for (int v = 0; v < 4; ++v) {
       F e = exp_below<DIGITS>(x[v] - splat(factors.top.at[i]));
@@ -171,7 +174,7 @@ inline void softmax_batch(const Batch& batch) {
 
 // Adds the final probabilities of a row to the mass of the 64 slots.
 template <bool MASKED>
-inline void add_mass_row(const Tile& tile, Span span, float bias, const float* s, float lse,
+inline void add_mass_row(const Tile& tile, Span span, const float* bias, const float* s, float lse,
                          float* mass) {
   F x[4];
   finish_scores<MASKED>(tile, span, bias, s, x);

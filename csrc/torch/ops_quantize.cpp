@@ -1,15 +1,16 @@
 // Bindings of quantize_kv and dequantize_kv.
 #include <tuple>
 
-#include "checks.h"
 #include "register.h"
 #include "smartkv/layout.h"
+#include "turns.h"
 
 namespace smartkv::binding {
 namespace {
 
 Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const Tensor& positions,
-                   const Tensor& scores, int64_t bits, StringHandle levels) {
+                   const Tensor& scores, int64_t bits, StringHandle levels,
+                   const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps) {
   QuantizeParams params{};
   params.levels = take_levels(levels);
   params.tier = check_tier(bits);
@@ -31,6 +32,8 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
                                       "(batch, num_kv_heads, n)");
   const Tensor score = dense_input(place, scores, "scores", ScalarType::Float, per_token,
                                    "(batch, num_kv_heads, n)");
+  const TurnsInput turns = turns_input(place, k_turns, turn_steps, sizes[0], sizes[1], sizes[3]);
+  params.turns = turns.turns;
   params.k_mean = mean.const_data_ptr<float>();
   params.positions = position.const_data_ptr<int32_t>();
   params.scores = score.const_data_ptr<float>();
@@ -45,7 +48,8 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
 
 std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_mean,
                                          int64_t head_dim, int64_t bits, StringHandle levels,
-                                         ScalarType dtype) {
+                                         ScalarType dtype, const std::optional<Tensor>& k_turns,
+                                         const std::optional<Tensor>& turn_steps) {
   DequantizeParams params{};
   params.levels = take_levels(levels);
   params.tier = check_tier(bits);
@@ -62,6 +66,8 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_me
   const Tensor mean =
       dense_input(place, k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], head_dim},
                   "(batch, num_kv_heads, head_dim)");
+  const TurnsInput turns = turns_input(place, k_turns, turn_steps, sizes[0], sizes[1], head_dim);
+  params.turns = turns.turns;
   params.batch = check_int32(sizes[0], "batch", 1);
   params.num_kv_heads = check_int32(sizes[1], "num_kv_heads", 1);
   params.num_pages = sizes[2];

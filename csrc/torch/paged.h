@@ -3,19 +3,22 @@
 
 #include <vector>
 
-#include "checks.h"
+#include "turns.h"
 
 namespace smartkv::binding {
 
 struct PagedInput {
   PagedKV cache;               // what the kernels get
   Tensor block_table, k_mean;  // own what `cache` points to, where it had to be made contiguous
+  TurnsInput turns;
 };
 
 // Everything but the page ids, which pages will be touched being known to the op alone.
 PagedInput paged_input(const Place& place, const std::vector<Tensor>& pools,
                        const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& k_mean,
-                       const std::vector<int64_t>& tier_bits, Levels levels, DType raw_dtype);
+                       const std::vector<int64_t>& tier_bits, Levels levels, DType raw_dtype,
+                       const std::optional<Tensor>& k_turns,
+                       const std::optional<Tensor>& turn_steps);
 
 // A list is the pages of one (sequence, head, tier): list = (b * num_kv_heads + h) * num_tiers + t.
 inline int64_t num_lists(const PagedKV& cache) {

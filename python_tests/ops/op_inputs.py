@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,6 +18,7 @@ from smartkv_ext.reference.layout import (
 )
 from smartkv_ext.reference.levels import gaussian_unit, level_table
 from smartkv_ext.reference.quantizer import decode
+from smartkv_ext.reference.turns import key_shift
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +49,14 @@ def tokens(
     }
 
 
+def turning(batch: int, heads: int, turns: int, head_dim: int) -> dict[str, torch.Tensor]:
+    """k_turns and turn_steps; a head may have fewer turns than the others."""
+    vectors, steps = torch.randn(batch, heads, turns, 2, head_dim) * 3, torch.randint(2**32, (batch, heads, turns))
+    if turns > 1:
+        vectors[0, 0, -1], steps[0, 0, -1] = 0, 0
+    return {"k_turns": vectors.half(), "turn_steps": (steps - 2**31).int()}
+
+
 @dataclass
 class Paged:
     """A paged cache whose unused memory is poisoned, and the dense keys and values that it stands for."""
@@ -60,6 +69,7 @@ class Paged:
     levels: str
     dtype: torch.dtype
     layouts: list[PageLayout]
+    turns: dict[str, torch.Tensor] = field(default_factory=dict)  # k_turns and turn_steps, or nothing
 
     def clone(self) -> Paged:
         return Paged(
@@ -71,7 +81,17 @@ class Paged:
             self.levels,
             self.dtype,
             self.layouts,
+            self.turns,
         )
+
+    def head_turns(self, b: int, h: int) -> dict[str, torch.Tensor]:
+        """Those of one head, as a batch of one."""
+        return {name: x[b : b + 1, h : h + 1] for name, x in self.turns.items()}
+
+    def turned(self, b: int, h: int, positions: torch.Tensor) -> torch.Tensor:
+        """(n, head_dim) what turns of the mean at positions (n,)."""
+        nothing = torch.zeros(1, 1, self.k_mean.shape[-1])
+        return key_shift(nothing, positions[None, None], **self.head_turns(b, h))[0, 0]
 
     def pages(self, b: int, h: int, t: int) -> torch.Tensor:
         """(num_pages, page_bytes) of one list."""
@@ -91,6 +111,7 @@ class Paged:
                 bits,
                 self.levels,
                 stored,
+                **self.head_turns(b, h),
             )
             parts.append(
                 (k[0, 0, :n].float(), v[0, 0, :n].float(), page_positions(pages, self.layouts[t]).flatten()[:n])
@@ -120,6 +141,7 @@ def paged(
     heads: int = 2,
     sizes: tuple[int, ...] = SIZES,
     spare_pages: int = 2,
+    turns: int = 0,
 ) -> Paged:
     """Lists of awkward lengths; positions of a head are a permutation of 0, 1, ... over its tiers."""
     rng = random.Random(0)
@@ -133,7 +155,8 @@ def paged(
     for pool, layout in zip(pools, layouts, strict=True):
         poison_slots(pool, layout, 0, dtype)
     k_mean = torch.randn(batch, heads, head_dim) * 3
-    cache = Paged(pools, table, seqlens, k_mean, tier_bits, levels, dtype, layouts)
+    turning_mean = turning(batch, heads, turns, head_dim) if turns else {}
+    cache = Paged(pools, table, seqlens, k_mean, tier_bits, levels, dtype, layouts, turning_mean)
     order = [torch.randperm(len(pool)) for pool in pools]
     for b in range(batch):
         for h in range(heads):
@@ -142,9 +165,10 @@ def paged(
             for t, bits in enumerate(tier_bits):
                 n = int(seqlens[b, h, t])
                 new = tokens(1, 1, n, head_dim, dtype)
-                new["k"] = (k_mean[b, h] + torch.randn(1, 1, n, head_dim)).to(dtype)
+                turned = cache.turned(b, h, positions[t])
+                new["k"] = (k_mean[b, h] + turned + torch.randn(1, 1, n, head_dim)).to(dtype)
                 new |= {"k_mean": k_mean[b : b + 1, h : h + 1], "positions": positions[t][None, None]}
-                pages = reference.quantize_kv(**new, bits=bits, levels=levels)[0, 0]
+                pages = reference.quantize_kv(**new, **cache.head_turns(b, h), bits=bits, levels=levels)[0, 0]
                 if n:
                     poison_slots(pages, layouts[t], n, dtype)
                 first = (b * heads + h) * max_pages

@@ -76,7 +76,7 @@ def check_decode(cache: Paged, groups: int, q_len: int, window_len: int, sliding
     torch.set_num_threads(1 + (threads + window_len) % 3)
     got = ops.decode_attention(
         q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, k_window, v_window, positions,
-        q_start, cache.tier_bits, cache.levels, scale, sliding_window, True, "fp32",
+        q_start, cache.tier_bits, cache.levels, scale, sliding_window, True, "fp32", **cache.turns,
     )  # fmt: skip
     torch.set_num_threads(threads)
     args = (q, cache, k_window, v_window, positions, q_start, scale, sliding_window)
@@ -89,7 +89,7 @@ def check_decode(cache: Paged, groups: int, q_len: int, window_len: int, sliding
         assert_within_eager(ours, true, plain, atol, name)
     without = ops.decode_attention(
         q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, k_window, v_window, positions,
-        q_start, cache.tier_bits, cache.levels, sliding_window=sliding_window, precision="fp32",
+        q_start, cache.tier_bits, cache.levels, sliding_window=sliding_window, precision="fp32", **cache.turns,
     )  # fmt: skip
     assert torch.allclose(without[0].float(), got[0].float(), atol=1e-5, rtol=1e-2) and without[2].shape == (0,)
     assert without[3].shape == (0,)

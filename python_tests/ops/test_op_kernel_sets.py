@@ -25,13 +25,14 @@ def run_all() -> dict[str, Any]:
     torch.manual_seed(0)
     out: dict[str, Any] = {"name": ops.kernel_set_name()}
     for head_dim, dtype in zip(HEAD_DIMS, (*DTYPES, *DTYPES), strict=False):
-        cache = paged(TIERS, head_dim, dtype, "gaussian" if head_dim % 32 == 0 else "uniform")
+        turns = head_dim // 16 % 9  # 4, 5, 6, 8, 7
+        cache = paged(TIERS, head_dim, dtype, "gaussian" if head_dim % 32 == 0 else "uniform", turns=turns)
         give_pages(cache)
         new = tokens(2, 2, 21, head_dim, dtype) | {"k_mean": cache.k_mean}
         tiers = torch.randint(-1, len(TIERS), (2, 2, 21)).to(torch.int8)
         ops.append_kv(
             cache.pools, cache.block_table, cache.cache_seqlens, **new,
-            tiers=tiers, tier_bits=cache.tier_bits, levels=cache.levels,
+            tiers=tiers, tier_bits=cache.tier_bits, levels=cache.levels, **cache.turns,
         )  # fmt: skip
         out[f"bytes append {head_dim}"] = torch.cat([p.flatten() for p in cache.pools])
         q, k, v = (strided(2, h, n, head_dim, dtype=dtype) for h, n in ((6, 3), (2, 19), (2, 19)))
@@ -39,7 +40,7 @@ def run_all() -> dict[str, Any]:
             out[f"decode {head_dim} {precision} {dtype}"] = ops.decode_attention(
                 q, cache.pools, cache.block_table, cache.cache_seqlens, cache.k_mean, k, v,
                 torch.arange(19).int().repeat(2, 1), 500, cache.tier_bits, cache.levels, return_mass=True,
-                precision=precision,
+                precision=precision, **cache.turns,
             )  # fmt: skip
         compact(ops, cache, random_targets(cache))
         out[f"bytes compact {head_dim}"] = torch.cat([p.flatten() for p in cache.pools])

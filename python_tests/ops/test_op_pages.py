@@ -100,13 +100,14 @@ def sources(cache: Paged) -> list[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
             found = {}
             for t, bits in enumerate(cache.tier_bits):
                 n, pages, layout = int(cache.cache_seqlens[b, h, t]), cache.pages(b, h, t), cache.layouts[t]
+                at = page_positions(pages, layout).flatten()
                 if bits == 16:
                     k = pages[:, layout.section("k")].view(cache.dtype).reshape(-1, layout.head_dim)
                     v = pages[:, layout.section("v")].view(cache.dtype).reshape(-1, layout.head_dim)
-                    yk, yv = rotated(k, v, cache.k_mean[b, h])
+                    yk, yv = rotated(k - cache.turned(b, h, at), v, cache.k_mean[b, h])
                 else:
                     yk, yv = (x.flatten(0, 1) for x in rotated_pages(pages, layout, cache.levels))
-                for i, position in enumerate(page_positions(pages, layout).flatten()[:n].tolist()):
+                for i, position in enumerate(at[:n].tolist()):
                     found[position] = (yk[i], yv[i])
             out.append(found)
     return out
@@ -193,6 +194,7 @@ def compact(module: object, cache: Paged, targets: torch.Tensor) -> None:
         cache.tier_bits,
         cache.levels,
         cache.dtype,
+        **cache.turns,
     )
 
 

@@ -23,6 +23,7 @@ from .compress import compress
 from .config import MIN_TOKENS, CacheConfig, ModelGeometry, inverse_frequencies
 from .layer import SmartKVLayer
 from .report import CacheReport, layer_bytes, report
+from .turning import fixed_frequencies
 
 LOST = "the step failed and the cache could not be restored: it is empty now"
 # Makes a model ready for a SmartKVCache. Set by the package's front door: the cache does not know its seat in models.
@@ -49,7 +50,8 @@ class SmartKVCache(Cache):
         scope: "head": every KV head decides for itself; "layer": a token lives or dies in all heads of a layer;
             "global": in all layers.
         levels: "gaussian" (Lloyd-Max codebook) or "uniform" reconstruction levels at 2, 3 and 4 bits.
-        mean_shift: subtract each head's mean key before quantising (exact, and needed by models with key biases).
+        mean_shift: subtract each head's mean key before quantising (exact, and needed by models with key biases),
+            turned by RoPE to a key's position where that takes more away.
         precision: "auto", "fp32", "int16" or "int8": of queries and probabilities where they meet codes, see
             ops.decode_attention.
         key_basis: the basis in which keys are held, measured on the model's queries and keys (``gates.KeyBasis``), in
@@ -82,11 +84,13 @@ class SmartKVCache(Cache):
         chosen = get_policy(policy).for_model(config)
         self._basis_of = find_key_basis(key_basis, chosen, config)
         self._basis_is_named = not isinstance(key_basis, bool)
+        inv_freq = inverse_frequencies(config)
         self.smartkv_config = CacheConfig.create(
-            geometry, inverse_frequencies(config), budget=budget,
+            geometry, inv_freq, budget=budget,
             policy=chosen, tiers=tiers, sinks=sinks, window=window, scope=scope, levels=levels, mean_shift=mean_shift,
             precision=precision, key_basis=None if self._basis_of is None else self._basis_of.basis,
             min_tokens=min_tokens,
+            turn_freq=fixed_frequencies(config, inv_freq, geometry.head_dim),
         )  # fmt: skip
         num_layers = geometry.num_layers
         self.clock = StepClock(num_layers)

@@ -15,6 +15,7 @@ from smartkv_ext.reference.layout import PAGE_SIZE, tier_name
 from .config import KEY_SCORE, UNLIMITED
 from .layer import SmartKVLayer
 from .meter import RECEIVED, RECENT, page_meter_bytes
+from .turning import measure_means
 
 EVICT_NEVER = (
     1e6  # distortion of losing a token under a policy that keeps all: a first page always wins over a better tier
@@ -60,7 +61,7 @@ def _collect(layer: SmartKVLayer, window: int, softmax_scale: float) -> _Candida
     policy = layer.config.policy
     outside, sink = layer.window.leaving(window, layer.config.num_sinks)
     if layer.store.is_empty and layer.config.quant.mean_shift:
-        layer.store.k_mean = _mean_key(layer)
+        layer.store.set_means(*measure_means(layer))
     positions, old_positions = layer.window.held_positions(), layer.store.positions()
     old_scores, lse = _refresh(layer, softmax_scale)
     view = _token_view(layer, softmax_scale, lse)
@@ -160,13 +161,6 @@ def _key_norms(layer: SmartKVLayer) -> torch.Tensor:
     return norms
 
 
-def _mean_key(layer: SmartKVLayer) -> torch.Tensor:
-    """(batch, num_kv_heads, head_dim) mean of all keys seen so far: fixed from the first packing on."""
-    valid = (layer.window.held_positions() >= 0)[:, None, :, None]
-    total = torch.where(valid, layer.window.held("k").float(), 0.0).sum(2)
-    return total / valid.sum(2).clamp(min=1)
-
-
 # -- decide --------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +171,7 @@ def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     itemsize = layer.dtype.itemsize
     per_row = [config.layer_budget(n, batch, heads, itemsize) for n in layer.row_tokens.tolist()]
     dense = (config.num_sinks + sum(size)) * (config.dense_token_bytes(heads, itemsize) + 4)
-    fixed = config.fixed_bytes(heads) + sum(x.nbytes // batch for x in layer.state.values())
+    fixed = config.table_bytes(heads) + store.mean_bytes // batch + sum(x.nbytes // batch for x in layer.state.values())
     fixed += layer.query_keep * config.query_bytes(heads, itemsize)
     if per_row[0] >= UNLIMITED:
         return torch.full((batch,), UNLIMITED, dtype=torch.int64, device=layer.device)

@@ -93,12 +93,14 @@ class CacheConfig:
     inv_freq: tuple[float, ...] = ()  # RoPE angles per position of the channel pairs, for policies that look ahead
     key_basis: KeyBasis | None = None  # in which keys are held
     min_tokens: int = MIN_TOKENS
+    turn_freq: tuple[float, ...] = ()  # inv_freq where mean keys may turn by it: see turning.py
 
     @classmethod
     def create(
         cls, geometry: ModelGeometry, inv_freq: tuple[float, ...], *, budget: float | str | Budget | None,
         policy: str | Policy, tiers: Sequence[int | str] | None, sinks: int, window: int, scope: str, levels: str,
         mean_shift: bool, precision: str, key_basis: KeyBasis | None, min_tokens: int = MIN_TOKENS,
+        turn_freq: tuple[float, ...] = (),
     ) -> CacheConfig:  # fmt: skip
         """Raise ValueError or TypeError naming the argument, what came and what is accepted."""
         if scope not in SCOPES:
@@ -128,6 +130,7 @@ class CacheConfig:
             inv_freq=inv_freq,
             key_basis=key_basis,
             min_tokens=min_tokens,
+            turn_freq=turn_freq,
         )
         config.check_budget(torch.bfloat16.itemsize, batch=1)
         config.check_keeps_all()
@@ -180,7 +183,7 @@ class CacheConfig:
         g = self.geometry
         dense = self.num_sinks + min(self.window, MIN_WINDOW) + MIN_BLOCK
         per_layer = dense * (self.dense_token_bytes(g.num_kv_heads, itemsize) + 4)
-        per_layer += self.fixed_bytes(g.num_kv_heads)
+        per_layer += self.table_bytes(g.num_kv_heads) + g.num_kv_heads * g.head_dim * 4  # a mean key
         per_layer += self.query_bytes(g.num_kv_heads, itemsize) if self.policy.decode_queries else 0
         need = batch * g.num_layers * per_layer
         limit = self.budget.num_bytes
@@ -192,10 +195,9 @@ class CacheConfig:
                 f"tokens, mean keys and tables of {batch} sequence(s) need them; got {limit:,} bytes"
             )
 
-    def fixed_bytes(self, num_kv_heads: int) -> int:
-        """Bytes of a sequence in a layer that depend on no token: mean keys, counts of records and of tokens, position
-        and slot."""
-        return num_kv_heads * (self.geometry.head_dim * 4 + 4 * len(self.quant.tiers)) + 24
+    def table_bytes(self, num_kv_heads: int) -> int:
+        """Bytes of a sequence in a layer for counts of records and of tokens, position and slot."""
+        return num_kv_heads * 4 * len(self.quant.tiers) + 24
 
     def fraction_limit(self, tokens: int, itemsize: int, batch: int = 1) -> int:
         """Bytes that a fraction means for ``tokens`` tokens of each of ``batch`` sequences: it begins to bind where it
@@ -238,5 +240,5 @@ class CacheConfig:
             return max(capacity, self.min_tokens + 1)
         if self.budget.num_bytes is None:
             return capacity
-        room = budget - self.fixed_bytes(num_kv_heads)
+        room = budget - self.table_bytes(num_kv_heads)
         return max(capacity, room // (self.dense_token_bytes(num_kv_heads, itemsize) + 4))

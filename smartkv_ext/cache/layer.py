@@ -279,7 +279,7 @@ class SmartKVLayer(CacheLayerMixin):
             self.basis.queries(q), store.pools, store.block_table, store.cache_seqlens, store.k_mean,
             buffers["k"], buffers["v"], self.window.positions,
             start, self.config.quant.tiers, self.config.quant.levels, softmax_scale,
-            self.sliding_window, return_mass, self.config.precision,
+            self.sliding_window, return_mass, self.config.precision, store.k_turns, store.turn_steps,
         )  # fmt: skip
 
     def step_kind(self) -> bool | None:

@@ -66,7 +66,7 @@ def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
         "slack": 0,
         "block tables": store.block_table.nbytes,
         "lengths": store.cache_seqlens.nbytes * (not store.is_empty) + layer.row_tokens.nbytes,
-        "means": store.k_mean.nbytes * (not store.is_empty),
+        "means": store.mean_bytes * (not store.is_empty),
         "policy state": sum(x.nbytes for x in layer.state.values())
         + layer.meter.nbytes
         + (0 if layer.queries is None else layer.queries.nbytes),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .cache import SmartKVCache
     from .layer import SmartKVLayer
 
-FORMAT_VERSION = 3  # 2 knows no key basis
+FORMAT_VERSION = 4  # 2 knows no key basis, 3 no means that turn
 _LAYER_FIELDS = (
     "seen", "head_offset", "capacity", "uncommitted", "lost_until", "softmax_scale", "recent_count",
 )  # fmt: skip
@@ -92,7 +92,10 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     # Version 2 of the page format has tiers that version 1 lacks; pages of the others are the same.
-    readable = {"format_version": [2, FORMAT_VERSION], "page_format_version": list(range(1, PAGE_FORMAT_VERSION + 1))}
+    readable = {
+        "format_version": [2, 3, FORMAT_VERSION],
+        "page_format_version": list(range(1, PAGE_FORMAT_VERSION + 1)),
+    }
     for name, known in readable.items():
         if header.get(name) not in known:
             raise ValueError(
@@ -120,6 +123,7 @@ def load(cls: type[SmartKVCache], path: Path, config: Any, device: str | torch.d
         precision=header.get("precision", "auto"),
         geometry=geometry,
         inv_freq=cache.smartkv_config.inv_freq,
+        turn_freq=cache.smartkv_config.turn_freq,
         key_basis=basis,
     )
     cache.configure(held, basis_of)

@@ -46,6 +46,13 @@ class PagedStore:
         self.cache_seqlens = _zeros((batch, num_kv_heads, tiers), torch.int32, device)
         self.k_mean = _zeros((batch, num_kv_heads, head_dim), torch.float32, device)
 
+        self.k_turns: torch.Tensor | None = None  # what of the mean turns: see turning.py
+        self.turn_steps: torch.Tensor | None = None
+
+    def set_means(self, k_mean: torch.Tensor, k_turns: torch.Tensor | None, turn_steps: torch.Tensor | None) -> None:
+        """What quantised keys lose, before the first is packed."""
+        self.k_mean, self.k_turns, self.turn_steps = k_mean, k_turns, turn_steps
+
     @property
     def nbytes(self) -> int:
         """Bytes of pools and tables; 0 before the first record."""
@@ -55,6 +62,15 @@ class PagedStore:
     def is_empty(self) -> bool:
         """True while no record was ever packed (no host synchronisation)."""
         return self.block_table.shape[3] == 0
+
+    def _means(self) -> dict[str, torch.Tensor]:
+        named = {"k_mean": self.k_mean, "k_turns": self.k_turns, "turn_steps": self.turn_steps}
+        return {name: x for name, x in named.items() if x is not None}
+
+    @property
+    def mean_bytes(self) -> int:
+        """Of the mean keys, turns included."""
+        return sum(x.nbytes for x in self._means().values())
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -90,7 +106,10 @@ class PagedStore:
             ids = self.block_table[:, :, t].long().clamp(min=0, max=max(len(self.pools[t]) - 1, 0))
             pool = self.pools[t] if len(self.pools[t]) else self.pools[t].new_zeros(1, self.pools[t].shape[1])
             stored = self.dtype if tier == 16 else torch.float32
-            k, v = ops.dequantize_kv(pool[ids], self.k_mean, self.k_mean.shape[-1], tier, self.spec.levels, stored)
+            k, v = ops.dequantize_kv(
+                pool[ids], self.k_mean, self.k_mean.shape[-1], tier, self.spec.levels, stored,
+                self.k_turns, self.turn_steps,
+            )  # fmt: skip
             keys.append(k.to(dtype))
             values.append(v.to(dtype))
         return torch.cat(keys, 2), torch.cat(values, 2), self.positions().flatten(2)
@@ -132,12 +151,13 @@ class PagedStore:
             )
             ops.compact_kv(
                 self.pools, self.block_table, self.cache_seqlens, targets, self.k_mean,
-                self.spec.tiers, self.spec.levels, self.dtype,
+                self.spec.tiers, self.spec.levels, self.dtype, self.k_turns, self.turn_steps,
             )  # fmt: skip
         if new:
             ops.append_kv(
                 self.pools, self.block_table, self.cache_seqlens, new["k"], new["v"], self.k_mean,
                 new["positions"], new["scores"], new["tiers"], self.spec.tiers, self.spec.levels,
+                self.k_turns, self.turn_steps,
             )  # fmt: skip
         self._trim()
 
@@ -199,7 +219,8 @@ class PagedStore:
             self.block_table = self.block_table.index_select(0, index)
             return
         self.cache_seqlens = self.cache_seqlens.index_select(0, index)
-        self.k_mean = self.k_mean.index_select(0, index)
+        for name, x in self._means().items():
+            setattr(self, name, x.index_select(0, index))
         table = self.block_table.index_select(0, index)
         used = torch.arange(table.shape[3], device=table.device) < _num_pages(self.cache_seqlens)[..., None]
         for t, pool in enumerate(self.pools):
@@ -210,14 +231,13 @@ class PagedStore:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name: what is saved, loaded and counted."""
-        named = {"block_table": self.block_table, "cache_seqlens": self.cache_seqlens, "k_mean": self.k_mean}
+        named = {"block_table": self.block_table, "cache_seqlens": self.cache_seqlens} | self._means()
         if self.is_empty:  # what stores share, no two may give away
             named = {name: x.clone() for name, x in named.items()}
         return named | {f"pages_{tier}": pool for tier, pool in zip(self.spec.tiers, self.pools, strict=True)}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of ``tensors``."""
-        self.block_table, self.cache_seqlens, self.k_mean = (
-            tensors[name] for name in ("block_table", "cache_seqlens", "k_mean")
-        )
+        self.block_table, self.cache_seqlens = tensors["block_table"], tensors["cache_seqlens"]
+        self.set_means(tensors["k_mean"], tensors.get("k_turns"), tensors.get("turn_steps"))
         self.pools = [tensors[f"pages_{tier}"] for tier in self.spec.tiers]

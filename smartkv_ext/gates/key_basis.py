@@ -27,6 +27,10 @@ class LayerBasis:
         """Inverse of ``keys``."""
         return k
 
+    def differences(self, k: torch.Tensor) -> torch.Tensor:
+        """Differences of keys (batch, num_kv_heads, n, head_dim) -> the same in the basis, in their dtype."""
+        return k
+
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         """Queries (batch, num_heads, n, head_dim) -> the same in the basis, in their dtype."""
         return q
@@ -52,6 +56,9 @@ class _Affine(LayerBasis):
 
     def model_keys(self, k: torch.Tensor) -> torch.Tensor:
         return ops.change_basis(k, self._from, shift=self._centre)
+
+    def differences(self, k: torch.Tensor) -> torch.Tensor:
+        return ops.change_basis(k, self._to)
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         return ops.change_basis(q, self._queries)

@@ -13,7 +13,15 @@ from . import _library as _library  # registers the ops
 
 
 def quantize_kv(
-    k: Tensor, v: Tensor, k_mean: Tensor, positions: Tensor, scores: Tensor, bits: int, levels: str
+    k: Tensor,
+    v: Tensor,
+    k_mean: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    bits: int,
+    levels: str,
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> Tensor:
     batch, num_kv_heads, n, head_dim = k.shape
     num_pages = (n + PAGE_SIZE - 1) // PAGE_SIZE
@@ -22,7 +30,14 @@ def quantize_kv(
 
 
 def dequantize_kv(
-    pages: Tensor, k_mean: Tensor, head_dim: int, bits: int, levels: str, dtype: torch.dtype
+    pages: Tensor,
+    k_mean: Tensor,
+    head_dim: int,
+    bits: int,
+    levels: str,
+    dtype: torch.dtype,
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, num_kv_heads, num_pages, _ = pages.shape
     shape = (batch, num_kv_heads, num_pages * PAGE_SIZE, head_dim)
@@ -41,6 +56,8 @@ def append_kv(
     tiers: Tensor,
     tier_bits: Sequence[int],
     levels: str,
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> None:
     return None
 
@@ -61,6 +78,8 @@ def decode_attention(
     sliding_window: int = 0,
     return_mass: bool = False,
     precision: str = "auto",
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_kv_heads, num_tiers, max_pages = block_table.shape
     mass_shape: tuple[int, ...] = (batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE)
@@ -108,6 +127,8 @@ def compact_kv(
     tier_bits: Sequence[int],
     levels: str,
     dtype: torch.dtype,
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> None:
     return None
 

@@ -34,6 +34,8 @@ def decode_attention(
     sliding_window: int = 0,
     return_mass: bool = False,
     precision: str = "auto",
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax attention of a few queries over paged records of several tiers and a full-precision window, fused.
 
@@ -63,6 +65,7 @@ def decode_attention(
             products is more precise. "fp32"; "int16": 15 and 16 bits (relative error about 1e-4); "int8": 8 bits each
             (below 2e-2); "auto": int16 beside 8-bit codes and int8 beside fewer, which adds next to nothing to the
             error of the codes themselves (docs/design/attention-cpu.md).
+        k_turns, turn_steps: what of the mean key turns, as the pages were written; see quantize_kv.
 
     Returns:
         out: (batch, num_heads, q_len, head_dim), dtype of q; 0 where a query sees nothing.
@@ -94,6 +97,8 @@ def decode_attention(
         sliding_window,
         return_mass,
         precision,
+        k_turns,
+        turn_steps,
     )
 
 

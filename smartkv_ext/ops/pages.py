@@ -17,12 +17,21 @@ _compact_kv = torch.ops.smartkv.compact_kv.default
 
 
 def quantize_kv(
-    k: Tensor, v: Tensor, k_mean: Tensor, positions: Tensor, scores: Tensor, bits: int, levels: str = "gaussian"
+    k: Tensor,
+    v: Tensor,
+    k_mean: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    bits: int,
+    levels: str = "gaussian",
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> Tensor:
     """Encode tokens into whole pages of one tier (docs/design/page-format.md).
 
-    A key loses its head's mean key, key and value are rotated by an orthonormal Hadamard matrix, each becomes codes of
-    ``bits`` bits and one float16 scale; 16 bits store the values as they are.
+    A key loses its head's mean key, part of which may turn with the position: ``k_mean`` + sum over the turns of
+    cos(a) U + sin(a) V, a = 2 pi position step / 2^32. Then key and value are rotated by an orthonormal Hadamard
+    matrix, and each becomes codes of ``bits`` bits and one float16 scale; 16 bits store the values as they are.
 
     Args:
         k, v: (batch, num_kv_heads, n, head_dim), float32, bfloat16 or float16; any strides but a contiguous last
@@ -32,6 +41,9 @@ def quantize_kv(
         scores: (batch, num_kv_heads, n), float32, higher = keep; stored as bfloat16.
         bits: the tier: 2, 3, 4, 8 or 16, or 302 (K3V2: keys 3, values 2 bits) or 403 (K4V3).
         levels: "gaussian" (Lloyd-Max levels, scales that keep the norm of keys and do not shorten values) or "uniform".
+        k_turns: (batch, num_kv_heads, turns, 2, head_dim), float16, U and V of up to 8 turns; given with turn_steps
+            or not at all. A head with fewer fills up with zeros.
+        turn_steps: (batch, num_kv_heads, turns), int32, the bits of a uint32: steps in 2^-32 turns per position.
 
     Returns:
         (batch, num_kv_heads, ceil(n / 64), page_bytes) uint8. Slots after the last token have position -1.
@@ -44,17 +56,27 @@ def quantize_kv(
     check_dtype(k.dtype, "k.dtype")
     check_format(bits, k.shape[-1])
     check_levels(levels)
-    return _quantize_kv(k, v, k_mean, positions, scores, bits, levels)  # type: ignore[no-any-return]
+    return _quantize_kv(  # type: ignore[no-any-return]
+        k, v, k_mean, positions, scores, bits, levels, k_turns, turn_steps
+    )
 
 
 def dequantize_kv(
-    pages: Tensor, k_mean: Tensor, head_dim: int, bits: int, levels: str, dtype: torch.dtype
+    pages: Tensor,
+    k_mean: Tensor,
+    head_dim: int,
+    bits: int,
+    levels: str,
+    dtype: torch.dtype,
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode whole pages of one tier; slots never written: the mean key (16 bits: zero) and a zero value.
+    """Decode whole pages of one tier; slots never written: the mean key of position -1 (16 bits: zero)
+    and a zero value.
 
     Args:
         pages: (batch, num_kv_heads, num_pages, page_bytes) uint8, as quantize_kv returns or gathered from a pool.
-        k_mean: (batch, num_kv_heads, head_dim), float32, the mean that was subtracted.
+        k_mean, k_turns, turn_steps: the mean that was subtracted, as for quantize_kv.
         head_dim, bits, levels: as the pages were written.
         dtype: of the result; for 16 bits it must be the dtype of the stored values.
 
@@ -68,7 +90,9 @@ def dequantize_kv(
     check_format(bits, head_dim)
     check_levels(levels)
     check_dtype(dtype, "dtype")
-    return _dequantize_kv(pages, k_mean, head_dim, bits, levels, dtype)  # type: ignore[no-any-return]
+    return _dequantize_kv(  # type: ignore[no-any-return]
+        pages, k_mean, head_dim, bits, levels, dtype, k_turns, turn_steps
+    )
 
 
 def append_kv(
@@ -83,6 +107,8 @@ def append_kv(
     tiers: Tensor,
     tier_bits: Sequence[int],
     levels: str = "gaussian",
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> None:
     """Encode tokens, each into its own tier, behind what the lists of a paged cache hold.
 
@@ -93,7 +119,7 @@ def append_kv(
         pools: per tier (num_pages, page_bytes) uint8, contiguous, 64-byte aligned.
         block_table: (batch, num_kv_heads, num_tiers, max_pages) int32; must already hold the pages that are needed.
         cache_seqlens: (batch, num_kv_heads, num_tiers) int32, contiguous; advanced.
-        k, v, k_mean, positions, scores: as for quantize_kv.
+        k, v, k_mean, positions, scores, k_turns, turn_steps: as for quantize_kv.
         tiers: (batch, num_kv_heads, n) int8, index into tier_bits, -1: skip the token.
         tier_bits: ascending, of 2, 302 (K3V2), 3, 403 (K4V3), 4, 8 and 16.
         levels: "gaussian" or "uniform".
@@ -103,7 +129,10 @@ def append_kv(
         RuntimeError: any other argument, a full block_table and page ids outside the pool included.
     """
     check_levels(levels)
-    _append_kv(pools, block_table, cache_seqlens, k, v, k_mean, positions, scores, tiers, tier_bits, levels)
+    _append_kv(
+        pools, block_table, cache_seqlens, k, v, k_mean, positions, scores, tiers, tier_bits, levels, k_turns,
+        turn_steps,
+    )  # fmt: skip
 
 
 def compact_kv(
@@ -115,6 +144,8 @@ def compact_kv(
     tier_bits: Sequence[int],
     levels: str,
     dtype: torch.dtype,
+    k_turns: Tensor | None = None,
+    turn_steps: Tensor | None = None,
 ) -> None:
     """Evict and demote records in place, and close the holes: afterwards each list is dense again.
 
@@ -126,7 +157,7 @@ def compact_kv(
             has now and those that it will have.
         targets: (batch, num_kv_heads, num_tiers, max_pages * 64) int8: tier of each record, not above its present one,
             or -1: evict. Entries behind a list's length are ignored.
-        k_mean: (batch, num_kv_heads, head_dim), float32, subtracted when a 16-bit record is demoted.
+        k_mean, k_turns, turn_steps: as for quantize_kv; subtracted when a 16-bit record is demoted.
         dtype: of the values in 16-bit pages.
 
     Raises:
@@ -135,4 +166,4 @@ def compact_kv(
     """
     check_levels(levels)
     check_dtype(dtype, "dtype")
-    _compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels, dtype)
+    _compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels, dtype, k_turns, turn_steps)

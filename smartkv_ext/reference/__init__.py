@@ -7,6 +7,7 @@ from .gate import gate_score
 from .hadamard import rotate
 from .quantizer import append_kv, compact_kv, dequantize_kv, quantize_kv
 from .select import select_kv
+from .turns import key_shift
 
 __all__ = [
     "append_kv",
@@ -16,6 +17,7 @@ __all__ = [
     "decode_attention",
     "dequantize_kv",
     "gate_score",
+    "key_shift",
     "merge_states",
     "quantize_kv",
     "rotate",

@@ -29,6 +29,8 @@ def decode_attention(
     softmax_scale: float,
     sliding_window: int = 0,
     return_mass: bool = False,
+    k_turns: torch.Tensor | None = None,
+    turn_steps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See smartkv_ext.ops.decode_attention. Plain softmax over the dequantised tokens of each head."""
     batch, num_heads, q_len, head_dim = q.shape
@@ -41,6 +43,7 @@ def decode_attention(
     q_positions = q_start + torch.arange(q_len, device=q.device)
     for b in range(batch):
         for h in range(num_kv_heads):
+            turns = [x if x is None else x[b : b + 1, h : h + 1] for x in (k_turns, turn_steps)]
             keys, values, positions = [k_window[b, h].float()], [v_window[b, h].float()], [window_positions[b]]
             for t, bits in enumerate(tier_bits):
                 n = int(cache_seqlens[b, h, t])
@@ -52,6 +55,7 @@ def decode_attention(
                     bits,
                     levels,
                     q.dtype if bits == 16 else torch.float32,
+                    *turns,
                 )
                 layout = page_layout(bits, head_dim, q.element_size())
                 keys.append(k[0, 0, :n].float())

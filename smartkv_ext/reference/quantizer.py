@@ -1,7 +1,7 @@
 """fp32 reference of quantize_kv, dequantize_kv, append_kv and compact_kv.
 
-Encoding of a vector x (key minus the head's mean key, or value): y = H x, code = nearest level of y / scale0, then the
-scale fitted to those codes (FITS), stored as float16. Nothing is shared between records: each can be moved or
+Encoding of a vector x (key minus its shift, turns.py, or value): y = H x, code = nearest level of y / scale0, then
+the scale fitted to those codes (FITS), stored as float16. Nothing is shared between records: each can be moved or
 demoted alone.
 """
 
@@ -14,6 +14,7 @@ import torch
 from .hadamard import rotate
 from .layout import PAGE_SIZE, PageLayout, kv_bits, pack_codes, page_layout, page_positions, page_scores, unpack_codes
 from .levels import gaussian_unit, level_table
+from .turns import key_shift
 
 FP16_MAX = 65504.0
 
@@ -60,8 +61,8 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, bits: int, levels: str) -> 
     return level_table(bits, levels).to(codes.device)[codes.long()] * scale.float()[..., None]
 
 
-def _rotated_kv(k: torch.Tensor, v: torch.Tensor, k_mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return rotate(k.float() - k_mean.float()[..., None, :]), rotate(v)
+def _rotated_kv(k: torch.Tensor, v: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotate(k.float() - shift), rotate(v)
 
 
 def _write(pages: torch.Tensor, layout: PageLayout, slot: int, record: dict[str, torch.Tensor]) -> None:
@@ -99,17 +100,17 @@ def _read(pages: torch.Tensor, layout: PageLayout, slot: int, dtype: torch.dtype
 def _record(
     k: torch.Tensor,
     v: torch.Tensor,
-    k_mean: torch.Tensor,
+    shift: torch.Tensor,
     position: torch.Tensor,
     score: torch.Tensor,
     tier: int,
     levels: str,
 ) -> dict[str, torch.Tensor]:
-    """Encode one token (head_dim,) for a tier."""
+    """Encode one token (head_dim,) for a tier; shift as k."""
     record = {"k": k, "v": v, "position": position, "score": score}
     if tier != 16:
         k_bits, v_bits = kv_bits(tier)
-        ky, vy = _rotated_kv(k[None], v[None], k_mean)
+        ky, vy = _rotated_kv(k[None], v[None], shift[None])
         record["k"], record["k_scale"] = (x[0] for x in encode(ky, k_bits, levels, K_FIT))
         record["v"], record["v_scale"] = (x[0] for x in encode(vy, v_bits, levels, V_FIT))
     return record
@@ -123,6 +124,8 @@ def quantize_kv(
     scores: torch.Tensor,
     bits: int,
     levels: str,
+    k_turns: torch.Tensor | None = None,
+    turn_steps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See smartkv_ext.ops.quantize_kv."""
     batch, heads, kv_len, head_dim = k.shape
@@ -143,7 +146,8 @@ def quantize_kv(
         for kind, x in (("k", k), ("v", v)):
             pages[..., layout.section(kind)].view(x.dtype).copy_(paged(x).flatten(3))
         return pages
-    for kind, y in zip("kv", _rotated_kv(k, v, k_mean), strict=True):
+    shift = key_shift(k_mean, positions, k_turns, turn_steps)
+    for kind, y in zip("kv", _rotated_kv(k, v, shift), strict=True):
         codes, scale = encode(y, layout.bits(kind), levels, K_FIT if kind == "k" else V_FIT)
         codes = paged(codes) * valid[..., None]
         pages[..., layout.section(kind)] = pack_codes(codes, layout.bits(kind), kind)
@@ -152,7 +156,14 @@ def quantize_kv(
 
 
 def dequantize_kv(
-    pages: torch.Tensor, k_mean: torch.Tensor, head_dim: int, bits: int, levels: str, dtype: torch.dtype
+    pages: torch.Tensor,
+    k_mean: torch.Tensor,
+    head_dim: int,
+    bits: int,
+    levels: str,
+    dtype: torch.dtype,
+    k_turns: torch.Tensor | None = None,
+    turn_steps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See smartkv_ext.ops.dequantize_kv."""
     layout = page_layout(bits, head_dim, dtype.itemsize)
@@ -164,7 +175,8 @@ def dequantize_kv(
         codes = unpack_codes(pages[..., layout.section(kind)], layout.bits(kind), head_dim, kind)
         scale = pages[..., layout.scales(kind)].view(torch.float16)
         out.append(rotate(decode(codes, scale, layout.bits(kind), levels), inverse=True).flatten(2, 3))
-    return (out[0] + k_mean.float()[:, :, None]).to(dtype), out[1].to(dtype)
+    shift = key_shift(k_mean, page_positions(pages, layout).flatten(2), k_turns, turn_steps)
+    return (out[0] + shift).to(dtype), out[1].to(dtype)
 
 
 def append_kv(
@@ -179,9 +191,12 @@ def append_kv(
     tiers: torch.Tensor,
     tier_bits: Sequence[int],
     levels: str,
+    k_turns: torch.Tensor | None = None,
+    turn_steps: torch.Tensor | None = None,
 ) -> None:
     """See smartkv_ext.ops.append_kv."""
     batch, heads, new, head_dim = k.shape
+    shift = key_shift(k_mean, positions, k_turns, turn_steps)
     for b in range(batch):
         for h in range(heads):
             for i in range(new):
@@ -192,19 +207,24 @@ def append_kv(
                 n = int(cache_seqlens[b, h, t])
                 page = pools[t][int(block_table[b, h, t, n // PAGE_SIZE])]
                 record = _record(
-                    k[b, h, i], v[b, h, i], k_mean[b, h], positions[b, h, i], scores[b, h, i], tier_bits[t], levels
+                    k[b, h, i], v[b, h, i], shift[b, h, i], positions[b, h, i], scores[b, h, i], tier_bits[t], levels
                 )
                 _write(page, layout, n % PAGE_SIZE, record)
                 cache_seqlens[b, h, t] = n + 1
 
 
 def _demote(
-    record: dict[str, torch.Tensor], k_mean: torch.Tensor, tier: int, new_tier: int, levels: str
+    record: dict[str, torch.Tensor],
+    shift_at: Callable[[torch.Tensor], torch.Tensor],
+    tier: int,
+    new_tier: int,
+    levels: str,
 ) -> dict[str, torch.Tensor]:
     """Re-encode a record for a lower tier; quantised records stay in the rotated space, and what keeps its bits stays
-    as it is."""
+    as it is. shift_at(position): what the key loses if it was raw."""
     if tier == 16:
-        return _record(record["k"], record["v"], k_mean, record["position"], record["score"], new_tier, levels)
+        shift = shift_at(record["position"])
+        return _record(record["k"], record["v"], shift, record["position"], record["score"], new_tier, levels)
     out = dict(record)
     for kind, bits, new_bits in zip("kv", kv_bits(tier), kv_bits(new_tier), strict=True):
         if bits == new_bits:
@@ -223,6 +243,8 @@ def compact_kv(
     tier_bits: Sequence[int],
     levels: str,
     dtype: torch.dtype,
+    k_turns: torch.Tensor | None = None,
+    turn_steps: torch.Tensor | None = None,
 ) -> None:
     """See smartkv_ext.ops.compact_kv. Tiers are ascending, so demotions always go to a smaller index."""
     head_dim = k_mean.shape[-1]
@@ -233,6 +255,10 @@ def compact_kv(
 
             def slot(t: int, i: int, b: int = b, h: int = h) -> tuple[torch.Tensor, PageLayout, int]:
                 return pools[t][int(block_table[b, h, t, i // PAGE_SIZE])], layouts[t], i % PAGE_SIZE
+
+            def shift_at(position: torch.Tensor, b: int = b, h: int = h) -> torch.Tensor:
+                turns = (x if x is None else x[b : b + 1, h : h + 1] for x in (k_turns, turn_steps))
+                return key_shift(k_mean[b : b + 1, h : h + 1], position.view(1, 1, 1), *turns)[0, 0, 0]
 
             lengths = [int(n) for n in cache_seqlens[b, h]]
             for t in range(num_tiers):
@@ -251,9 +277,7 @@ def compact_kv(
                 for s in range(num_tiers - 1, t, -1):  # then the demoted, from the highest tier down
                     for i in range(lengths[s]):
                         if int(targets[b, h, s, i]) == t:
-                            record = _demote(
-                                _read(*slot(s, i), dtype), k_mean[b, h], tier_bits[s], tier_bits[t], levels
-                            )
+                            record = _demote(_read(*slot(s, i), dtype), shift_at, tier_bits[s], tier_bits[t], levels)
                             _write(*slot(t, n), record)
                             n += 1
                 cache_seqlens[b, h, t] = n

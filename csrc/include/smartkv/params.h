@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "turns.h"
+
 namespace smartkv {
 
 constexpr int PAGE_SIZE = 64;  // token records per page
@@ -51,6 +53,7 @@ struct PagedKV {
   int batch, num_kv_heads, head_dim;
   DType raw_dtype;  // of the values in 16-bit pages: float32 values take 4 bytes
   Levels levels;
+  Turns turns{};
 };
 
 struct QuantizeParams {
@@ -64,6 +67,7 @@ struct QuantizeParams {
   int tier;
   int64_t kv_len;
   Levels levels;
+  Turns turns{};
 };
 
 struct DequantizeParams {
@@ -77,6 +81,7 @@ struct DequantizeParams {
   int tier;
   int64_t num_pages;
   Levels levels;
+  Turns turns{};
 };
 
 struct AppendParams {
