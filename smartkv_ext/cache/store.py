@@ -215,7 +215,8 @@ class PagedStore:
         """Make row i a copy of the old row index[i]; rows that nobody takes give their pages back."""
         if self.is_empty:
             tables = self.cache_seqlens, self.k_mean
-            self.cache_seqlens, self.k_mean = (_zeros((len(index), *x.shape[1:]), x.dtype, x.device) for x in tables)
+            self.cache_seqlens, mean = (_zeros((len(index), *x.shape[1:]), x.dtype, x.device) for x in tables)
+            self.set_means(mean, None, None)  # measured anew by the first packing that finds something to pack
             self.block_table = self.block_table.index_select(0, index)
             return
         self.cache_seqlens = self.cache_seqlens.index_select(0, index)
