@@ -15,6 +15,7 @@ from .clock import POSITION, StepClock
 from .config import KEY_SCORE, CacheConfig
 from .meter import RECEIVED, RECENT, AttentionMeter
 from .store import PagedStore
+from .turning import measure_queries
 from .window import DenseWindow
 
 OWN_BASIS = LayerBasis()
@@ -282,7 +283,7 @@ class SmartKVLayer(CacheLayerMixin):
             self.basis.queries(q), store.pools, store.block_table, store.cache_seqlens, store.k_mean,
             buffers["k"], buffers["v"], self.window.positions,
             start, self.config.quant.tiers, self.config.quant.levels, softmax_scale,
-            self.sliding_window, return_mass, self.config.precision, store.k_turns, store.turn_steps,
+            self.sliding_window, return_mass, self.config.precision, store.k_turns, store.turn_steps, store.k_weights,
         )  # fmt: skip
 
     def step_kind(self) -> bool | None:
@@ -310,8 +311,8 @@ class SmartKVLayer(CacheLayerMixin):
 
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
-        policy = self.config.policy
-        keep = policy.decode_queries
+        measure_queries(self, q)
+        policy, keep = self.config.policy, self.config.policy.decode_queries
         if self.is_due():  # packing lets go of all but ``decode_queries`` of them
             keep = max(keep, min(q.shape[2], policy.prefill_queries))
         if keep:

@@ -10,6 +10,8 @@ from smartkv_ext import ops
 from smartkv_ext.quant import QuantSpec
 from smartkv_ext.reference.layout import PAGE_SIZE, PageLayout, page_positions, page_scores
 
+from .turning import Means
+
 
 def _num_pages(records: torch.Tensor) -> torch.Tensor:
     return (records + PAGE_SIZE - 1) // PAGE_SIZE
@@ -39,10 +41,13 @@ class PagedStore:
         self.k_mean = torch.zeros(batch, num_kv_heads, head_dim, dtype=torch.float32, device=device)
         self.k_turns: torch.Tensor | None = None  # what of the mean turns: see turning.py
         self.turn_steps: torch.Tensor | None = None
+        self.k_weights: torch.Tensor | None = None
+        self.query_power: torch.Tensor | None = None  # until the first packing: what weights are measured on
 
-    def set_means(self, k_mean: torch.Tensor, k_turns: torch.Tensor | None, turn_steps: torch.Tensor | None) -> None:
-        """What quantised keys lose, before the first is packed."""
-        self.k_mean, self.k_turns, self.turn_steps = k_mean, k_turns, turn_steps
+    def set_means(self, means: Means) -> None:
+        """What quantised keys lose and are multiplied by, before the first is packed."""
+        self.k_mean, self.k_turns, self.turn_steps, self.k_weights = means
+        self.query_power = None
 
     @property
     def is_empty(self) -> bool:
@@ -50,12 +55,12 @@ class PagedStore:
         return self.block_table.shape[3] == 0
 
     def _means(self) -> dict[str, torch.Tensor]:
-        named = {"k_mean": self.k_mean, "k_turns": self.k_turns, "turn_steps": self.turn_steps}
-        return {name: x for name, x in named.items() if x is not None}
+        names = ("k_mean", "k_turns", "turn_steps", "k_weights", "query_power")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def mean_bytes(self) -> int:
-        """Of the mean keys, turns included."""
+        """Of the mean keys, with turns and weights."""
         return sum(x.nbytes for x in self._means().values())
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -94,7 +99,7 @@ class PagedStore:
             stored = self.dtype if tier == 16 else torch.float32
             k, v = ops.dequantize_kv(
                 pool[ids], self.k_mean, self.k_mean.shape[-1], tier, self.spec.levels, stored,
-                self.k_turns, self.turn_steps,
+                self.k_turns, self.turn_steps, self.k_weights,
             )  # fmt: skip
             keys.append(k.to(dtype))
             values.append(v.to(dtype))
@@ -135,13 +140,13 @@ class PagedStore:
             )
             ops.compact_kv(
                 self.pools, self.block_table, self.cache_seqlens, targets, self.k_mean,
-                self.spec.tiers, self.spec.levels, self.dtype, self.k_turns, self.turn_steps,
+                self.spec.tiers, self.spec.levels, self.dtype, self.k_turns, self.turn_steps, self.k_weights,
             )  # fmt: skip
         if new:
             ops.append_kv(
                 self.pools, self.block_table, self.cache_seqlens, new["k"], new["v"], self.k_mean,
                 new["positions"], new["scores"], new["tiers"], self.spec.tiers, self.spec.levels,
-                self.k_turns, self.turn_steps,
+                self.k_turns, self.turn_steps, self.k_weights,
             )  # fmt: skip
         self._trim()
 
@@ -216,5 +221,6 @@ class PagedStore:
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of ``tensors``."""
         self.block_table, self.cache_seqlens = tensors["block_table"], tensors["cache_seqlens"]
-        self.set_means(tensors["k_mean"], tensors.get("k_turns"), tensors.get("turn_steps"))
+        self.set_means(Means(tensors["k_mean"], *(tensors.get(x) for x in Means._fields[1:])))
+        self.query_power = tensors.get("query_power")
         self.pools = [tensors[f"pages_{tier}"] for tier in self.spec.tiers]
