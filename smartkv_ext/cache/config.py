@@ -153,7 +153,8 @@ class CacheConfig:
         g = self.geometry
         dense = self.num_sinks + min(self.window, MIN_WINDOW) + MIN_BLOCK
         per_token = g.num_layers * self.dense_token_bytes(g.num_kv_heads, itemsize)
-        need = batch * (dense * per_token + g.num_layers * g.num_kv_heads * g.head_dim * 4)
+        vectors = 2 if self.turn_freq and self.key_basis is None else 1  # mean key, weights of channels
+        need = batch * (dense * per_token + g.num_layers * g.num_kv_heads * g.head_dim * 4 * vectors)
         limit = self.budget.num_bytes
         if self.budget.fraction is not None and g.max_positions:
             limit = self.budget.limit(batch * self.full_bytes(g.max_positions))

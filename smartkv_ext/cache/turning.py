@@ -29,6 +29,7 @@ LEAST_HORIZON = 4096
 # A turn must take away this share of what no mean takes away. It costs 4 bytes per channel: as many as the bits that
 # the share is worth are in a thousand tokens.
 LEAST_GAIN = 0.05
+BUDGET_SHARE = 1 / 16  # that turns may take of a head's bytes at the horizon
 MAX_SAMPLE = 4096  # tokens that are measured
 MAX_WEIGHT = 16.0
 LARGEST_HALF = 65504.0
@@ -92,7 +93,8 @@ def _choose(layer: SmartKVLayer, mean: torch.Tensor) -> Means:
     angle = positions.double()[..., None] * frequency
     back = torch.polar(torch.ones_like(angle), -angle)[:, None].to(torch.complex64)
     before = (torch.complex(*keys.chunk(2, -1)) * back).sum(2) / count  # (batch, num_kv_heads, head_dim / 2)
-    left = _left(frequency, max(2 * layer.seen, LEAST_HORIZON))
+    horizon = max(2 * layer.seen, LEAST_HORIZON)
+    left = _left(frequency, horizon)
 
     unit = torch.eye(held.shape[-1], device=held.device).expand(1, held.shape[1], -1, -1)
     one, other = layer.basis.differences(unit).chunk(2, 2)  # (1, num_kv_heads, head_dim / 2, head_dim)
@@ -108,7 +110,7 @@ def _choose(layer: SmartKVLayer, mean: torch.Tensor) -> Means:
         gain, own = power * left, spread - (power * _left(frequency, layer.seen)).sum(-1)
         own = own.clamp(min=1e-3 * spread.clamp(min=1e-30))
     worth = (gain > LEAST_GAIN * own[..., None]) & (vectors.abs().amax((3, 4)) < LARGEST_HALF)  # False for NaN
-    gain, pairs = torch.where(worth, gain, 0.0).topk(min(MAX_TURNS, gain.shape[-1]), -1)
+    gain, pairs = torch.where(worth, gain, 0.0).topk(_most_turns(layer, horizon), -1)
     turning = torch.zeros_like(worth).scatter(-1, pairs, gain > 0)
     found = Means(mean)
     if layer.store.query_power is not None:
@@ -121,6 +123,13 @@ def _choose(layer: SmartKVLayer, mean: torch.Tensor) -> Means:
     steps = torch.where(used[..., 0, 0], _steps(frequency)[pairs], 0)
     vectors = vectors.gather(2, pairs[..., None, None].expand(-1, -1, -1, *vectors.shape[3:]))
     return found._replace(k_turns=torch.where(used, vectors, 0.0).half(), turn_steps=steps.contiguous())
+
+
+def _most_turns(layer: SmartKVLayer, horizon: int) -> int:
+    batch, heads, _, head_dim = layer.window.shape
+    bytes_per_turn = 2 * head_dim * torch.float16.itemsize + torch.int32.itemsize
+    affordable = int(BUDGET_SHARE * layer.config.layer_budget(horizon, batch, heads)) // (heads * bytes_per_turn)
+    return min(MAX_TURNS, head_dim // 2, affordable)
 
 
 def _pair_weights(of_queries: torch.Tensor | None, of_keys: torch.Tensor) -> torch.Tensor:
