@@ -73,7 +73,8 @@ inline void attend_piece(const AttentionRun& run, const Piece& piece, const Work
   prepare_queries(p, piece.head, run.rotated, w.queries);
   clear_state(state, rows, p.cache.head_dim, w.queries);
   bool in_rotated_space = run.rotated;
-  TileBatch tiles{piece.head};
+  TileBatch tiles;
+  tiles.head = piece.head;
   const auto attend = [&] {
     if (tiles.count == 0) return;
     if (w.v_tile != w.k_tile) {  // several blocks share one decoded tile

@@ -61,6 +61,9 @@ inline void prepare_queries(const DecodeAttentionParams& p, int64_t head, bool r
       queries.turns[r * 2 * shift.turns + i] = hsum(dot);
     }
     __builtin_memcpy(queries.rotated + r * head_dim, q, head_dim * sizeof(float));
+    if (shift.weights != nullptr) {
+      divide_row(queries.rotated + r * head_dim, shift.weights, head_dim);
+    }
     rotate(queries.rotated + r * head_dim, head_dim);
     if (MAX_DIGITS > 0 && p.precision != Precision::FLOAT32) {
       split_query(queries.rotated + r * head_dim, head_dim, r, rows, queries.ints);

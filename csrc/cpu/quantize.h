@@ -51,6 +51,7 @@ inline void dequantize_page(const DequantizeParams& p, const Encoder& encoder, i
     read_rotated(layout, encoder, {const_cast<uint8_t*>(in), s}, k, v);
     rotate(k, head_dim, true);
     rotate(v, head_dim, true);
+    if (shift.weights != nullptr) divide_row(k, shift.weights, head_dim);
     for (int c = 0; c < head_dim; c += 16) store(k + c, load(k + c) + load(shift.mean + c));
     if (shift.turns > 0) turn_row<1>(k, shift, get<int32_t>(in + layout.position, s), head_dim);
     store_row(at(p.k, p.dtype, first + s * head_dim), p.dtype, k, head_dim);

@@ -261,6 +261,7 @@ inline void write_rows(const PageLayout& layout, const Encoder& encoder, Slot sl
   load_row(v_row, v, dtype, head_dim);
   for (int c = 0; c < head_dim; c += 16) store(k_row + c, load(k_row + c) - load(shift.mean + c));
   if (shift.turns > 0) turn_row<-1>(k_row, shift, position, head_dim);
+  if (shift.weights != nullptr) multiply_row(k_row, shift.weights, head_dim);
   rotate(k_row, head_dim);
   rotate(v_row, head_dim);
   write_rotated(layout, encoder, slot, k_row, v_row);

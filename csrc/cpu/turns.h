@@ -33,6 +33,13 @@ SMARTKV_INLINE SinCos sin_cos(I angle) {
   return {polynomial(Wave::SIN) * z, polynomial(Wave::COS)};
 }
 
+SMARTKV_INLINE void multiply_row(float* row, const float* weights, int head_dim) {
+  for (int c = 0; c < head_dim; c += 16) store(row + c, load(row + c) * load(weights + c));
+}
+SMARTKV_INLINE void divide_row(float* row, const float* weights, int head_dim) {
+  for (int c = 0; c < head_dim; c += 16) store(row + c, load(row + c) / load(weights + c));
+}
+
 // row += SIGN * what turns, at a position.
 template <int SIGN>
 inline void turn_row(float* row, const KeyShift& shift, int32_t position, int head_dim) {

@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(WARP* WARPS_PER_BLOCK, append_blocks(HEAD_DIM)
     const char* const row = is_value_half() ? row_of(p.v, b, h, n) : row_of(p.k, b, h, n);
     SMARTKV_TIER_SWITCH(kind, [&] {
       write_row<HEAD_DIM, TIER>(page, slot, books.of_tier[tier], cache.levels, row, p.k.dtype,
-                                cache.k_mean + head * HEAD_DIM, scratch[warp]);
+                                shift_of_head(cache.k_mean, cache.turns, head, HEAD_DIM),
+                                p.positions[i], scratch[warp]);
     });
     if (threadIdx.x % WARP == 0) {
       write_label(page, page_layout(kind, HEAD_DIM, dtype_size(cache.raw_dtype)), slot,

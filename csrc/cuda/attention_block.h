@@ -20,7 +20,9 @@ struct BlockLayout {
   static constexpr int WARP_SUM = WARP_MAX + ATTENTION_WARPS * ROWS * 4;
   static constexpr int ROTATED = WARP_SUM + ATTENTION_WARPS * ROWS * 4;  // two terms
   static constexpr int PLAIN = ROTATED + 2 * ROWS * Q_ROW * 2;
-  static constexpr int STAGES = PLAIN + TERMS * ROWS * Q_ROW * 2;
+  static constexpr int TURNS = PLAIN + TERMS * ROWS * Q_ROW * 2;  // q . U and q . V of each turn
+  static constexpr int STEPS = TURNS + 2 * MAX_TURNS * ROWS * 4;
+  static constexpr int STAGES = STEPS + MAX_TURNS * 4;
   // Of a warp: two quarters of a page of 8 bits, or one of a dense tile.
   static constexpr int STAGE_BYTES = constexpr_max(
       2 * CodeTile<HEAD_DIM, 8>::STAGE_BYTES,
@@ -78,6 +80,7 @@ struct Block {
     for (int i = threadIdx.x; i < Layout::ROWS * HEAD_DIM; i += ATTENTION_THREADS) {
       floats(Layout::OUT)[i] = 0;
     }
+    open_turns();
     if (threadIdx.x < Layout::ROWS) {
       floats(Layout::MAX)[threadIdx.x] = -INFINITY;
       floats(Layout::SUM)[threadIdx.x] = 0;
@@ -93,6 +96,52 @@ struct Block {
       }
     }
     __syncthreads();
+  }
+
+  __device__ __forceinline__ int32_t* steps() const {
+    return reinterpret_cast<int32_t*>(shared + Layout::STEPS);
+  }
+
+  __device__ __forceinline__ void open_turns() {
+    const Turns& turns = run.p.cache.turns;
+    const int count = 2 * turns.count * Layout::ROWS;
+    for (int i = threadIdx.x; i < count; i += ATTENTION_THREADS) {
+      floats(Layout::TURNS)[i] = run.row_turns[unit.index * count + i];
+    }
+    if (is_within(static_cast<int>(threadIdx.x), turns.count)) {
+      steps()[threadIdx.x] = turns.steps[unit.head * turns.count + threadIdx.x];
+    }
+  }
+
+  // What turns of the keys 2g and 2g + 1. Of the four lanes that have them, lane t has the waves of
+  // every fourth turn.
+  __device__ __forceinline__ void add_turns(const int (&positions)[2],
+                                            float (&scores)[ROW_TILES][4]) const {
+    constexpr int LANES = 4;
+    const int t = threadIdx.x % LANES, count = run.p.cache.turns.count;
+    for (int first = 0; first < count; first += LANES) {
+      const int step = steps()[min(first + t, count - 1)];
+      const SinCos mine[2] = {sin_cos<false>(positions[0], step),
+                              sin_cos<false>(positions[1], step)};
+      for (int i = first; i < min(first + LANES, count); ++i) {
+        float sin[2], cos[2];
+#pragma unroll
+        for (int token = 0; token < 2; ++token) {
+          sin[token] = __shfl_sync(ALL_LANES, mine[token].sin, i - first, LANES);
+          cos[token] = __shfl_sync(ALL_LANES, mine[token].cos, i - first, LANES);
+        }
+        const float* const dots = floats(Layout::TURNS) + 2 * i * Layout::ROWS + 2 * t;
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float* const dot = dots + 8 * n + k % 2;
+            scores[n][k] = fmaf(cos[k / 2], dot[0], scores[n][k]);
+            scores[n][k] = fmaf(sin[k / 2], dot[Layout::ROWS], scores[n][k]);
+          }
+        }
+      }
+    }
   }
 
   // -inf where a row does not see the token.
@@ -152,6 +201,7 @@ struct Block {
         scores[n][i] = fmaf(scores[n][i], scale, rows.bias[n][i % 2]);
       }
     }
+    if (run.p.cache.turns.count > 0) add_turns(positions, scores);
     mask(scores, positions);
   }
 

@@ -50,6 +50,31 @@ __device__ __forceinline__ void store_plain(const AttentionRun& run, int64_t at,
   }
 }
 
+// Products of the row at `at` with the vectors that turn. Shuffles: all lanes of the warp come
+// here.
+template <int HEAD_DIM>
+__device__ __forceinline__ void store_turns(const AttentionRun& run, int64_t head, int64_t at,
+                                            bool is_query, const HeadRow<HEAD_DIM>& q) {
+  const PagedKV& cache = run.p.cache;
+  const int lane = threadIdx.x % HALF_WARP, count = 2 * cache.turns.count;
+  const int64_t row = at % run.rows_per_block, unit = at / run.rows_per_block;
+  // Rows that fill up a block, and lanes behind the last, have a head that may not exist.
+  const int64_t known = is_query ? head : 0;
+  const __half* vector = reinterpret_cast<const __half*>(
+      shift_of_head(cache.k_mean, cache.turns, known, HEAD_DIM).vectors);
+  for (int i = 0; i < count; ++i, vector += HEAD_DIM) {
+    float dot = 0;
+#pragma unroll
+    for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
+      dot = fmaf(q.at[r], to_float(vector[lane + HALF_WARP * r]), dot);
+    }
+    dot = sum_lanes<HALF_WARP>(dot) * (run.p.softmax_scale * LOG2_E);
+    if (lane == 0 && is_within(at, run.units * run.rows_per_block)) {
+      run.row_turns[(unit * count + i) * run.rows_per_block + row] = dot;
+    }
+  }
+}
+
 // Half a warp per row, block 0 plans. grid_shape: [1 + units * rows_per_block / 8].
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(ATTENTION_THREADS) prepare_kernel(AttentionRun run) {
@@ -79,11 +104,17 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) prepare_kernel(AttentionRun
     }
   }
   bias = sum_lanes<HALF_WARP>(bias) * (p.softmax_scale * LOG2_E);
+  if (p.cache.turns.count > 0) store_turns(run, head, at, is_query, q);
   poison = sum_lanes<HALF_WARP>(poison);
   if (exists) store_plain(run, at, q);
   float top = 0;
 #pragma unroll
-  for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) q.at[r] *= p.softmax_scale * LOG2_E;
+  for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
+    q.at[r] *= p.softmax_scale * LOG2_E;
+    if (is_query && p.cache.turns.weights != nullptr) {
+      q.at[r] /= p.cache.turns.weights[head * HEAD_DIM + lane + HALF_WARP * r];
+    }
+  }
   rotate(q, false);
 #pragma unroll
   for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) top = fmaxf(top, fabsf(q.at[r]));
@@ -170,6 +201,7 @@ static size_t fill_run(const DecodeAttentionParams& p, uintptr_t workspace, Atte
   take(run.plain, rows * run.num_terms * head_dim);
   take(run.row_scale, rows);
   take(run.row_bias, rows);
+  take(run.row_turns, rows * 2 * p.cache.turns.count);
   take(run.poison, rows);
   take(run.part_max, part_rows);
   take(run.part_sum, part_rows);

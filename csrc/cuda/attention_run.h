@@ -40,6 +40,7 @@ struct AttentionRun {
   uint16_t* plain;       // [units, rows_per_block, num_terms, head_dim] of the window's kind
   float* row_scale;      // [units, rows_per_block] of the rotated row
   float* row_bias;       // [units, rows_per_block]: q . k_mean
+  float* row_turns;      // [units, turns, 2, rows_per_block]: q . U and q . V
   float* poison;         // [units, rows_per_block]: NaN where the query is not finite, else 0
   float* part_o;         // [num_parts + units, rows_per_block, head_dim], unnormalised
   float* part_max;       // [num_parts + units, rows_per_block], in powers of two

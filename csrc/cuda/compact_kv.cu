@@ -266,10 +266,12 @@ __device__ __forceinline__ void demote_record(const PagedKV& cache, int64_t head
                                               const TierBooks& to_books, CodeScratch& scratch) {
   if (from_tier == 16) {
     const int64_t row = int64_t{HEAD_DIM} * dtype_size(cache.raw_dtype);
+    const PageLayout layout = page_layout(16, HEAD_DIM, dtype_size(cache.raw_dtype));
+    const int position = reinterpret_cast<const int32_t*>(from + layout.position)[from_slot];
     const uint8_t* const values = from + (is_value_half() ? PAGE_SIZE * row : 0) + from_slot * row;
-    write_row<HEAD_DIM, TO>(to, to_slot, to_books, cache.levels,
-                            reinterpret_cast<const char*>(values), cache.raw_dtype,
-                            cache.k_mean + head * HEAD_DIM, scratch);
+    write_row<HEAD_DIM, TO>(
+        to, to_slot, to_books, cache.levels, reinterpret_cast<const char*>(values), cache.raw_dtype,
+        shift_of_head(cache.k_mean, cache.turns, head, HEAD_DIM), position, scratch);
     return;
   }
   HeadRow<HEAD_DIM> row{};

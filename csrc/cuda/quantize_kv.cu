@@ -60,9 +60,10 @@ __global__ void __launch_bounds__(THREADS, quantize_blocks(HEAD_DIM, TIER))
         continue;
       }
       const char* const row = is_value_half() ? row_of(p.v, b, h, n) : row_of(p.k, b, h, n);
-      write_row<HEAD_DIM, TIER>(page, slot, books, p.levels, row, p.k.dtype,
-                                p.k_mean + head * HEAD_DIM, scratch[warp]);
       const int64_t token = head * p.kv_len + n;
+      write_row<HEAD_DIM, TIER>(page, slot, books, p.levels, row, p.k.dtype,
+                                shift_of_head(p.k_mean, p.turns, head, HEAD_DIM),
+                                p.positions[token], scratch[warp]);
       if (lane == 0) {
         write_label(page, layout, slot, p.positions[token], score_bits(p.scores[token]));
       }
@@ -96,15 +97,23 @@ __global__ void __launch_bounds__(THREADS, dequantize_blocks(HEAD_DIM))
       __syncthreads();  // the page before this one has been read
       copy_page(image, page, p.page_bytes);
       __syncthreads();
-      const float* const k_mean = p.k_mean + item / p.num_pages * HEAD_DIM;
+      const KeyShift shift = shift_of_head(p.k_mean, p.turns, item / p.num_pages, HEAD_DIM);
       for (int slot = warp; slot < PAGE_SIZE; slot += WARPS_PER_BLOCK) {
         HeadRow<HEAD_DIM> row = read_codes<HEAD_DIM, TIER>(image, slot, books);
         rotate(row, true);
 #pragma unroll
         for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
-          const int c = lane + HALF_WARP * r;
-          store_value(out, p.dtype, first + slot * HEAD_DIM + c,
-                      is_v ? row.at[r] : row.at[r] + k_mean[c]);
+          if (is_v) continue;
+          if (shift.weights != nullptr) row.at[r] /= shift.weights[lane + HALF_WARP * r];
+          row.at[r] = __fadd_rn(row.at[r], shift.mean[lane + HALF_WARP * r]);
+        }
+        if (shift.turns > 0) {
+          turn_row<1>(row, shift, reinterpret_cast<const int32_t*>(image + layout.position)[slot],
+                      !is_v);
+        }
+#pragma unroll
+        for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
+          store_value(out, p.dtype, first + slot * HEAD_DIM + lane + HALF_WARP * r, row.at[r]);
         }
       }
     }

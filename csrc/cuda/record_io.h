@@ -2,8 +2,8 @@
 // Codes and scales are those of the CPU kernels, bit for bit.
 #pragma once
 
-#include "rotation.h"
 #include "smartkv/levels.h"
+#include "turns.h"
 
 namespace smartkv {
 
@@ -162,7 +162,8 @@ __device__ __forceinline__ void write_codes(uint8_t* page, int slot, const TierB
 template <int HEAD_DIM, int TIER>
 __device__ __forceinline__ void write_row(uint8_t* page, int slot, const TierBooks& books,
                                           Levels levels, const char* values, DType dtype,
-                                          const float* k_mean, CodeScratch& scratch) {
+                                          const KeyShift& shift, int position,
+                                          CodeScratch& scratch) {
   const bool is_v = is_value_half();
   const int lane = threadIdx.x % HALF_WARP;
   if constexpr (TIER == 16) {
@@ -181,7 +182,14 @@ __device__ __forceinline__ void write_row(uint8_t* page, int slot, const TierBoo
 #pragma unroll
     for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
       const int c = lane + HALF_WARP * r;
-      row.at[r] = load_value(values, dtype, c) - (is_v ? 0.0f : k_mean[c]);
+      row.at[r] = load_value(values, dtype, c) - (is_v ? 0.0f : shift.mean[c]);
+    }
+    if (shift.turns > 0) turn_row<-1>(row, shift, position, !is_v);
+    if (shift.weights != nullptr && !is_v) {
+#pragma unroll
+      for (int r = 0; r < HEAD_DIM / HALF_WARP; ++r) {
+        row.at[r] = __fmul_rn(row.at[r], shift.weights[lane + HALF_WARP * r]);
+      }
     }
     rotate(row, false);
     write_codes<HEAD_DIM, TIER>(page, slot, books, levels, row, scratch);

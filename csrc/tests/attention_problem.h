@@ -74,9 +74,9 @@ struct Problem {
   std::vector<Keys> keys;  // per head, tiers first, then the window
 
   Problem(const Case& c, const std::vector<int>& bits, const std::vector<int>& lengths,
-          Levels levels, int64_t max_pages = 4)
+          Levels levels, int64_t max_pages = 4, int turns = 0)
       : c(c),
-        cache(bits, c.batch, c.kv_heads, c.head_dim, max_pages, c.dtype, levels),
+        cache(bits, c.batch, c.kv_heads, c.head_dim, max_pages, c.dtype, levels, turns),
         q(c.dtype, c.batch, c.kv_heads * c.groups, c.q_len, c.head_dim),
         k_window(c.dtype, c.batch, c.kv_heads, c.window_len, c.head_dim),
         v_window(k_window),

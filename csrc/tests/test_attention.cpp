@@ -30,7 +30,7 @@ void test_decode() {
         const Levels levels = turn % 2 ? Levels::GAUSSIAN : Levels::UNIFORM;
         const int64_t q_start = turn % 5 == 0 ? 60 : 140;  // 60: some records lie in the future
         const Case c{1, 2, 1 + turn % 4, head_dim, dtype, q_len, window, q_start, sliding};
-        Problem problem(c, {bits}, {130, turn % 2 ? 63 : 64}, levels);
+        Problem problem(c, {bits}, {130, turn % 2 ? 63 : 64}, levels, 4, turn % (MAX_TURNS + 1));
         for (const KernelTable* kernels : testing::all_kernels()) {
           for (Precision precision : PRECISIONS) {
             check_decode(problem, *kernels, threads[turn % 4], turn % 2 == 0, precision);

@@ -156,7 +156,7 @@ std::vector<std::vector<int>> compact_model(const std::vector<std::vector<int>>&
 }
 
 void test_compact(const KernelTable& kernels, int head_dim, DType dtype, int keep_percent) {
-  Cache cache({std::begin(TIERS), std::end(TIERS)}, 1, 2, head_dim, 5, dtype, Levels::GAUSSIAN);
+  Cache cache({std::begin(TIERS), std::end(TIERS)}, 1, 2, head_dim, 5, dtype, Levels::GAUSSIAN, 4);
   Dense k(dtype, 1, 2, 200, head_dim), v = k;
   k.fill_normal();
   v.fill_normal();

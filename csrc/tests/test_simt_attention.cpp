@@ -21,7 +21,7 @@ void test_tiers() {
       const int64_t q_start = turn % 5 == 0 ? 60 : 140;  // 60: some records lie in the future
       const int64_t q_len = turn % 4 == 3 ? 3 : 1;
       const Case c{1, 1, 1 + turn % 8, head_dim, dtype, q_len, window, q_start, sliding};
-      Problem problem(c, {bits}, {turn % 2 ? 63 : 130}, levels);
+      Problem problem(c, {bits}, {turn % 2 ? 63 : 130}, levels, 4, turn % (MAX_TURNS + 1));
       simt::set_seed(turn);
       check_decode(problem, CUDA, 1, turn % 2 == 0, Precision::FLOAT32);
       check_decode(problem, CUDA, 1, false, Precision::AUTO);
@@ -36,7 +36,7 @@ void test_mixed_tiers() {
     for (int64_t q_len : {1, 5, 40}) {
       const Case c{2, 2, 3, 64, dtype, q_len, 75, 150, seed % 2 == 0 ? 64 : 0};
       Problem problem(c, {std::begin(TIERS), std::end(TIERS)}, {0, 1, 63, 64, 65, 130},
-                      Levels::GAUSSIAN);
+                      Levels::GAUSSIAN, 4, seed);
       simt::set_seed(seed++);
       check_decode(problem, CUDA, 1, true, Precision::FLOAT32);
       if (q_len < 40) check_decode(problem, CUDA, 1, false, Precision::AUTO);

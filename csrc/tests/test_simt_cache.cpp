@@ -33,6 +33,7 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
   const std::vector<float> mean = testing::normals(4 * head_dim);
   const int64_t num_pages = (n + PAGE_SIZE - 1) / PAGE_SIZE;
   for (int bits : TIERS) {
+    const testing::TurningMeans turns(bits % (MAX_TURNS + 1), 2, 2, head_dim);  // 2, 5, 3, 7, 4, 8
     const PageLayout layout = page_layout(bits, head_dim, dtype_size(dtype));
     std::vector<uint8_t> expected(4 * num_pages * layout.page_bytes, 0x55);
     QuantizeParams p{k.view(),
@@ -47,7 +48,8 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
                      head_dim,
                      bits,
                      n,
-                     levels};
+                     levels,
+                     turns.view()};
     cpu_kernels().quantize_kv(p, testing::parallel());
     Dense k_out(dtype, 2, 2, num_pages * PAGE_SIZE, head_dim), v_out = k_out;
     DequantizeParams back{expected.data(),
@@ -61,7 +63,8 @@ void test_pages(int head_dim, DType dtype, int64_t n, Levels levels) {
                           head_dim,
                           bits,
                           num_pages,
-                          levels};
+                          levels,
+                          turns.view()};
     cpu_kernels().dequantize_kv(back, testing::parallel());
     for (int seed = 0; seed < NUM_SEEDS; ++seed) {
       simt::set_seed(seed);
@@ -129,7 +132,8 @@ void append(const KernelTable& kernels, Cache& cache, const Dense& rows,
 
 void test_append_and_compact(int head_dim, DType dtype, std::vector<int> bits, int keep_percent) {
   const int num_tiers = static_cast<int>(bits.size());
-  Cache by_cpu(std::move(bits), 1, 2, head_dim, 4, dtype, Levels::GAUSSIAN);
+  Cache by_cpu(std::move(bits), 1, 2, head_dim, 4, dtype, Levels::GAUSSIAN,
+               keep_percent == 0 ? 0 : 3);
   Cache first = by_cpu;
   std::vector<Dense> rows;
   std::vector<std::vector<int8_t>> tiers;

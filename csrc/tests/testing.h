@@ -136,6 +136,32 @@ struct Dense {
   }
 };
 
+// Random turns of the mean keys of some heads.
+struct TurningMeans {
+  Dense vectors;
+  std::vector<int32_t> steps;
+  std::vector<float> weights;  // where there are turns
+  int count;
+
+  TurningMeans(int count, int64_t batch, int64_t heads, int64_t head_dim)
+      : vectors(smartkv::DType::FLOAT16, batch, heads, 2 * count, head_dim),
+        steps(batch * heads * count),
+        weights(normals(batch * heads * head_dim, 0.5f)),
+        count(count) {
+    vectors.fill_normal();
+    for (float& weight : weights) weight = std::exp(weight);
+    for (int32_t& step : steps) step = random_int(INT32_MIN, INT32_MAX);
+  }
+
+  // From a (sequence, KV head) on.
+  smartkv::Turns view(int64_t first = 0) const {
+    if (count == 0) return {};
+    const auto* at = reinterpret_cast<const uint16_t*>(vectors.bytes.data());
+    return {at + first * vectors.n * vectors.head_dim, steps.data() + first * count, count,
+            weights.data() + first * vectors.head_dim};
+  }
+};
+
 // A paged cache over pools of garbage, with a shuffled block table.
 struct Cache {
   std::vector<int> bits;
@@ -146,9 +172,10 @@ struct Cache {
   std::vector<float> k_mean;
   smartkv::DType dtype;
   smartkv::Levels levels;
+  TurningMeans turns;
 
   Cache(std::vector<int> tier_bits, int batch, int heads, int head_dim, int64_t max_pages,
-        smartkv::DType dtype, smartkv::Levels levels)
+        smartkv::DType dtype, smartkv::Levels levels, int num_turns = 0)
       : bits(std::move(tier_bits)),
         batch(batch),
         heads(heads),
@@ -156,7 +183,8 @@ struct Cache {
         max_pages(max_pages),
         k_mean(normals(static_cast<size_t>(batch) * heads * head_dim)),
         dtype(dtype),
-        levels(levels) {
+        levels(levels),
+        turns(num_turns, batch, heads, head_dim) {
     const int64_t num_tiers = static_cast<int64_t>(bits.size());
     const int64_t pages = batch * heads * max_pages;
     table.resize(pages * num_tiers);
@@ -208,6 +236,7 @@ struct Cache {
     v.head_dim = head_dim;
     v.raw_dtype = dtype;
     v.levels = levels;
+    v.turns = turns.view();
     return v;
   }
 
@@ -239,6 +268,7 @@ struct Cache {
     p.tier = bits[t];
     p.num_pages = 1;
     p.levels = levels;
+    p.turns = turns.view(head);
     kernels.dequantize_kv(p, parallel());
   }
 };

@@ -41,13 +41,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_attention(
     const Tensor& v_window, const Tensor& window_positions, const Tensor& q_start,
     const std::vector<int64_t>& tier_bits, StringHandle levels, double softmax_scale,
     int64_t sliding_window, bool return_mass, StringHandle precision,
-    const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps) {
+    const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps,
+    const std::optional<Tensor>& k_weights) {
   const Levels level_kind = take_levels(levels);
   const Precision least_precision = take_precision(precision);
   const Place place(q, "q");
   const DType dtype = float_dtype(q, "q");
   const PagedInput input = paged_input(place, pools, block_table, cache_seqlens, k_mean, tier_bits,
-                                       level_kind, dtype, k_turns, turn_steps);
+                                       level_kind, dtype, k_turns, turn_steps, k_weights);
   const PagedKV& cache = input.cache;
   DecodeAttentionParams params{};
   params.cache = cache;

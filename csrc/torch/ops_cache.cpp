@@ -34,12 +34,13 @@ void append_kv(const std::vector<Tensor>& pools, const Tensor& block_table,
                const Tensor& cache_seqlens, const Tensor& k, const Tensor& v, const Tensor& k_mean,
                const Tensor& positions, const Tensor& scores, const Tensor& tiers,
                const std::vector<int64_t>& tier_bits, StringHandle levels,
-               const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps) {
+               const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps,
+               const std::optional<Tensor>& k_weights) {
   const Levels level_kind = take_levels(levels);
   const Place place(k, "k");
   const DType dtype = float_dtype(k, "k");
   const PagedInput input = paged_input(place, pools, block_table, cache_seqlens, k_mean, tier_bits,
-                                       level_kind, dtype, k_turns, turn_steps);
+                                       level_kind, dtype, k_turns, turn_steps, k_weights);
   AppendParams params{};
   params.cache = input.cache;
   params.k = heads_view(place, k, "k", dtype);
@@ -89,12 +90,13 @@ void check_compact(const PagedInput& input, const int8_t* targets) {
 void compact_kv(const std::vector<Tensor>& pools, const Tensor& block_table,
                 const Tensor& cache_seqlens, const Tensor& targets, const Tensor& k_mean,
                 const std::vector<int64_t>& tier_bits, StringHandle levels, ScalarType dtype,
-                const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps) {
+                const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps,
+                const std::optional<Tensor>& k_weights) {
   const Levels level_kind = take_levels(levels);
   const Place place(block_table, "block_table");
   const PagedInput input =
       paged_input(place, pools, block_table, cache_seqlens, k_mean, tier_bits, level_kind,
-                  float_dtype(dtype, "dtype"), k_turns, turn_steps);
+                  float_dtype(dtype, "dtype"), k_turns, turn_steps, k_weights);
   const PagedKV& cache = input.cache;
   const Tensor target =
       dense_input(place, targets, "targets", ScalarType::Char,

@@ -10,7 +10,8 @@ namespace {
 
 Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const Tensor& positions,
                    const Tensor& scores, int64_t bits, StringHandle levels,
-                   const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps) {
+                   const std::optional<Tensor>& k_turns, const std::optional<Tensor>& turn_steps,
+                   const std::optional<Tensor>& k_weights) {
   QuantizeParams params{};
   params.levels = take_levels(levels);
   params.tier = check_tier(bits);
@@ -32,7 +33,8 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
                                       "(batch, num_kv_heads, n)");
   const Tensor score = dense_input(place, scores, "scores", ScalarType::Float, per_token,
                                    "(batch, num_kv_heads, n)");
-  const TurnsInput turns = turns_input(place, k_turns, turn_steps, sizes[0], sizes[1], sizes[3]);
+  const TurnsInput turns =
+      turns_input(place, k_turns, turn_steps, k_weights, sizes[0], sizes[1], sizes[3]);
   params.turns = turns.turns;
   params.k_mean = mean.const_data_ptr<float>();
   params.positions = position.const_data_ptr<int32_t>();
@@ -49,7 +51,8 @@ Tensor quantize_kv(const Tensor& k, const Tensor& v, const Tensor& k_mean, const
 std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_mean,
                                          int64_t head_dim, int64_t bits, StringHandle levels,
                                          ScalarType dtype, const std::optional<Tensor>& k_turns,
-                                         const std::optional<Tensor>& turn_steps) {
+                                         const std::optional<Tensor>& turn_steps,
+                                         const std::optional<Tensor>& k_weights) {
   DequantizeParams params{};
   params.levels = take_levels(levels);
   params.tier = check_tier(bits);
@@ -66,7 +69,8 @@ std::tuple<Tensor, Tensor> dequantize_kv(const Tensor& pages, const Tensor& k_me
   const Tensor mean =
       dense_input(place, k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], head_dim},
                   "(batch, num_kv_heads, head_dim)");
-  const TurnsInput turns = turns_input(place, k_turns, turn_steps, sizes[0], sizes[1], head_dim);
+  const TurnsInput turns =
+      turns_input(place, k_turns, turn_steps, k_weights, sizes[0], sizes[1], head_dim);
   params.turns = turns.turns;
   params.batch = check_int32(sizes[0], "batch", 1);
   params.num_kv_heads = check_int32(sizes[1], "num_kv_heads", 1);

@@ -72,7 +72,8 @@ PagedInput paged_input(const Place& place, const std::vector<Tensor>& pools,
                        const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& k_mean,
                        const std::vector<int64_t>& tier_bits, Levels levels, DType raw_dtype,
                        const std::optional<Tensor>& k_turns,
-                       const std::optional<Tensor>& turn_steps) {
+                       const std::optional<Tensor>& turn_steps,
+                       const std::optional<Tensor>& k_weights) {
   PagedKV cache{};
   fill_tiers(cache, tier_bits);
   check_dim(block_table, "block_table", 4, "(batch, num_kv_heads, num_tiers, max_pages)");
@@ -92,7 +93,7 @@ PagedInput paged_input(const Place& place, const std::vector<Tensor>& pools,
                   "(batch, num_kv_heads, num_tiers, max_pages)"),
       dense_input(place, k_mean, "k_mean", ScalarType::Float, {sizes[0], sizes[1], cache.head_dim},
                   "(batch, num_kv_heads, head_dim)"),
-      turns_input(place, k_turns, turn_steps, sizes[0], sizes[1], cache.head_dim)};
+      turns_input(place, k_turns, turn_steps, k_weights, sizes[0], sizes[1], cache.head_dim)};
   input.cache.turns = input.turns.turns;
   input.cache.block_table = input.block_table.const_data_ptr<int32_t>();
   input.cache.k_mean = input.k_mean.const_data_ptr<float>();

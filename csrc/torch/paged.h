@@ -18,7 +18,8 @@ PagedInput paged_input(const Place& place, const std::vector<Tensor>& pools,
                        const Tensor& block_table, const Tensor& cache_seqlens, const Tensor& k_mean,
                        const std::vector<int64_t>& tier_bits, Levels levels, DType raw_dtype,
                        const std::optional<Tensor>& k_turns,
-                       const std::optional<Tensor>& turn_steps);
+                       const std::optional<Tensor>& turn_steps,
+                       const std::optional<Tensor>& k_weights);
 
 // A list is the pages of one (sequence, head, tier): list = (b * num_kv_heads + h) * num_tiers + t.
 inline int64_t num_lists(const PagedKV& cache) {

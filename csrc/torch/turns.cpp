@@ -3,9 +3,15 @@
 namespace smartkv::binding {
 
 TurnsInput turns_input(const Place& place, const std::optional<Tensor>& k_turns,
-                       const std::optional<Tensor>& turn_steps, int64_t batch, int64_t num_kv_heads,
+                       const std::optional<Tensor>& turn_steps,
+                       const std::optional<Tensor>& k_weights, int64_t batch, int64_t num_kv_heads,
                        int64_t head_dim) {
   TurnsInput input;
+  if (k_weights.has_value()) {
+    input.weights = dense_input(place, *k_weights, "k_weights", ScalarType::Float,
+                                {batch, num_kv_heads, head_dim}, "(batch, num_kv_heads, head_dim)");
+    input.turns.weights = input.weights->const_data_ptr<float>();
+  }
   check(k_turns.has_value() == turn_steps.has_value(),
         "k_turns and turn_steps must be given together");
   if (!k_turns.has_value()) return input;
@@ -18,9 +24,9 @@ TurnsInput turns_input(const Place& place, const std::optional<Tensor>& k_turns,
   input.steps = dense_input(place, *turn_steps, "turn_steps", ScalarType::Int,
                             {batch, num_kv_heads, count}, "(batch, num_kv_heads, turns)");
   if (count == 0) return input;
-  check(place.has_readable_values(), "k_turns must be on the CPU: CUDA kernels take none yet");
-  input.turns = {static_cast<const uint16_t*>(input.vectors->const_data_ptr()),
-                 input.steps->const_data_ptr<int32_t>(), static_cast<int>(count)};
+  input.turns.vectors = static_cast<const uint16_t*>(input.vectors->const_data_ptr());
+  input.turns.steps = input.steps->const_data_ptr<int32_t>();
+  input.turns.count = static_cast<int>(count);
   return input;
 }
 

@@ -1,4 +1,4 @@
-// The optional arguments k_turns and turn_steps, which many ops take.
+// The optional arguments k_turns, turn_steps and k_weights, which many ops take.
 #pragma once
 
 #include <optional>
@@ -9,11 +9,12 @@ namespace smartkv::binding {
 
 struct TurnsInput {
   Turns turns{};
-  std::optional<Tensor> vectors, steps;  // own what `turns` points to
+  std::optional<Tensor> vectors, steps, weights;  // own what `turns` points to
 };
 
 TurnsInput turns_input(const Place& place, const std::optional<Tensor>& k_turns,
-                       const std::optional<Tensor>& turn_steps, int64_t batch, int64_t num_kv_heads,
+                       const std::optional<Tensor>& turn_steps,
+                       const std::optional<Tensor>& k_weights, int64_t batch, int64_t num_kv_heads,
                        int64_t head_dim);
 
 }  // namespace smartkv::binding

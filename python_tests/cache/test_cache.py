@@ -178,7 +178,7 @@ def test_load_refuses_what_it_cannot_trust(tmp_path):
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="damaged"):
         SmartKVCache.load(path, model.config)
-    newer = re.sub(rb'(\{\\"format_version\\": )3', rb"\g<1>9", data)
+    newer = re.sub(rb'(\{\\"format_version\\": )4', rb"\g<1>9", data)
     assert newer != data
     path.write_bytes(newer)
     with pytest.raises(ValueError, match="format_version 9"):

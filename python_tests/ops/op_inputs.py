@@ -50,11 +50,17 @@ def tokens(
 
 
 def turning(batch: int, heads: int, turns: int, head_dim: int) -> dict[str, torch.Tensor]:
-    """k_turns and turn_steps; a head may have fewer turns than the others."""
+    """k_turns, turn_steps and k_weights; a head may have fewer turns than the others."""
     vectors, steps = torch.randn(batch, heads, turns, 2, head_dim) * 3, torch.randint(2**32, (batch, heads, turns))
     if turns > 1:
         vectors[0, 0, -1], steps[0, 0, -1] = 0, 0
-    return {"k_turns": vectors.half(), "turn_steps": (steps - 2**31).int()}
+    weights = (torch.randn(batch, heads, head_dim) / 2).exp()
+    return {"k_turns": vectors.half(), "turn_steps": (steps - 2**31).int(), "k_weights": weights}
+
+
+def shift_of(k_mean: torch.Tensor, positions: torch.Tensor, turns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(batch, heads, n, head_dim) what keys at positions (batch, heads, n) lose."""
+    return key_shift(k_mean, positions, turns.get("k_turns"), turns.get("turn_steps"))
 
 
 @dataclass
@@ -69,7 +75,7 @@ class Paged:
     levels: str
     dtype: torch.dtype
     layouts: list[PageLayout]
-    turns: dict[str, torch.Tensor] = field(default_factory=dict)  # k_turns and turn_steps, or nothing
+    turns: dict[str, torch.Tensor] = field(default_factory=dict)  # as ``turning`` gives them, or nothing
 
     def clone(self) -> Paged:
         return Paged(
@@ -88,10 +94,9 @@ class Paged:
         """Those of one head, as a batch of one."""
         return {name: x[b : b + 1, h : h + 1] for name, x in self.turns.items()}
 
-    def turned(self, b: int, h: int, positions: torch.Tensor) -> torch.Tensor:
-        """(n, head_dim) what turns of the mean at positions (n,)."""
-        nothing = torch.zeros(1, 1, self.k_mean.shape[-1])
-        return key_shift(nothing, positions[None, None], **self.head_turns(b, h))[0, 0]
+    def shift(self, b: int, h: int, positions: torch.Tensor) -> torch.Tensor:
+        """(n, head_dim) what keys at positions (n,) lose."""
+        return shift_of(self.k_mean[b : b + 1, h : h + 1], positions[None, None], self.head_turns(b, h))[0, 0]
 
     def pages(self, b: int, h: int, t: int) -> torch.Tensor:
         """(num_pages, page_bytes) of one list."""
@@ -165,8 +170,7 @@ def paged(
             for t, bits in enumerate(tier_bits):
                 n = int(seqlens[b, h, t])
                 new = tokens(1, 1, n, head_dim, dtype)
-                turned = cache.turned(b, h, positions[t])
-                new["k"] = (k_mean[b, h] + turned + torch.randn(1, 1, n, head_dim)).to(dtype)
+                new["k"] = (cache.shift(b, h, positions[t]) + torch.randn(1, 1, n, head_dim)).to(dtype)
                 new |= {"k_mean": k_mean[b : b + 1, h : h + 1], "positions": positions[t][None, None]}
                 pages = reference.quantize_kv(**new, **cache.head_turns(b, h), bits=bits, levels=levels)[0, 0]
                 if n:

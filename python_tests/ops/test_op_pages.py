@@ -104,7 +104,10 @@ def sources(cache: Paged) -> list[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
                 if bits == 16:
                     k = pages[:, layout.section("k")].view(cache.dtype).reshape(-1, layout.head_dim)
                     v = pages[:, layout.section("v")].view(cache.dtype).reshape(-1, layout.head_dim)
-                    yk, yv = rotated(k - cache.turned(b, h, at), v, cache.k_mean[b, h])
+                    own = k.float() - cache.shift(b, h, at)
+                    if cache.turns:
+                        own = own * cache.turns["k_weights"][b, h]
+                    yk, yv = rotated(own, v, torch.zeros(layout.head_dim))
                 else:
                     yk, yv = (x.flatten(0, 1) for x in rotated_pages(pages, layout, cache.levels))
                 for i, position in enumerate(at[:n].tolist()):

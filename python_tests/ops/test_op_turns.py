@@ -1,4 +1,4 @@
-"""Means that turn with the position: every op that takes k_turns and turn_steps."""
+"""Means that turn with the position, and weights: every op that takes k_turns, turn_steps and k_weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from op_inputs import (
     give_pages,
     paged,
     rotated,
+    shift_of,
     strided,
     tokens,
     turning,
@@ -67,10 +68,11 @@ def test_the_mean_of_rope() -> None:
 def test_quantize_and_dequantize(head_dim: int, bits: int) -> None:
     dtype, turns = DTYPES[head_dim % 3], turning(2, 2, COUNTS[(head_dim + bits) % len(COUNTS)], head_dim)
     args = tokens(2, 2, 70, head_dim, dtype) | {"positions": far_apart(70)}
-    shift = key_shift(args["k_mean"], args["positions"], **turns)
+    shift = shift_of(args["k_mean"], args["positions"], turns)
     args["k"] = (args["k"] + shift - args["k_mean"][:, :, None]).to(dtype)
     ours, expected = (x.quantize_kv(**args, **turns, bits=bits, levels="gaussian") for x in (ops, reference))
-    y = rotated(args["k"].float() - shift, args["v"], torch.zeros_like(args["k_mean"]))
+    own = (args["k"].float() - shift) * turns["k_weights"][:, :, None]
+    y = rotated(own, args["v"], torch.zeros_like(args["k_mean"]))
     layout = page_layout(bits, head_dim, dtype.itemsize)
     assert_same_records(ours.flatten(0, 2), expected.flatten(0, 2), layout, "gaussian", tuple(map(in_pages, y)))
     back = [
@@ -91,9 +93,8 @@ def test_append(turns: int) -> None:
     new = tokens(2, 2, 40, 64, torch.bfloat16) | {"k_mean": cache.k_mean, "positions": far_apart(40)}
     tiers = torch.randint(-1, 3, (2, 40, 2)).to(torch.int8).transpose(1, 2)
     y = sources(cache)
-    yk, yv = rotated(
-        new["k"].float() - key_shift(cache.k_mean, new["positions"], **cache.turns), new["v"], cache.k_mean * 0
-    )
+    own = new["k"].float() - shift_of(cache.k_mean, new["positions"], cache.turns)
+    yk, yv = rotated(own * cache.turns["k_weights"][:, :, None], new["v"], cache.k_mean * 0)
     for i, head in enumerate(y):
         b, h = divmod(i, 2)
         head |= {int(p): (yk[b, h, n], yv[b, h, n]) for n, p in enumerate(new["positions"][b, h])}
@@ -181,6 +182,7 @@ def test_no_turns_are_as_none() -> None:
     nothing = turning(2, 2, 3, 64)
     nothing["k_turns"].zero_()
     for turns in (turning(2, 2, 0, 64), nothing):
+        turns["k_weights"].fill_(1)
         for precision in ("fp32", "int8"):
             want = ops.decode_attention(*args, return_mass=True, precision=precision)
             got = ops.decode_attention(*args, return_mass=True, precision=precision, **turns)
@@ -205,6 +207,12 @@ def test_opcheck(op: str) -> None:
 GOOD = turning(2, 2, 3, 64)
 REFUSALS: list[tuple[str, Any, str]] = [
     ("k_turns", None, "k_turns and turn_steps must be given together"),
+    ("k_weights", torch.ones(2, 2, 64).half(), "k_weights must be float32; got float16"),
+    (
+        "k_weights",
+        torch.ones(2, 2, 65),
+        "k_weights must have shape (batch, num_kv_heads, head_dim) = (2, 2, 64); got (2, 2, 65)",
+    ),
     ("turn_steps", None, "k_turns and turn_steps must be given together"),
     ("k_turns", GOOD["k_turns"].float(), "k_turns must be float16; got float32"),
     ("turn_steps", GOOD["turn_steps"].long(), "turn_steps must be int32; got int64"),

@@ -61,7 +61,7 @@ def _collect(layer: SmartKVLayer, window: int, softmax_scale: float) -> _Candida
     policy = layer.config.policy
     outside, sink = layer.window.leaving(window, layer.config.num_sinks)
     if layer.store.is_empty and layer.config.quant.mean_shift:
-        layer.store.set_means(*measure_means(layer))
+        layer.store.set_means(measure_means(layer))
     positions, old_positions = layer.window.held_positions(), layer.store.positions()
     old_scores, lse = _refresh(layer, softmax_scale)
     view = _token_view(layer, softmax_scale, lse)

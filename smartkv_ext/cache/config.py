@@ -183,8 +183,10 @@ class CacheConfig:
         g = self.geometry
         dense = self.num_sinks + min(self.window, MIN_WINDOW) + MIN_BLOCK
         per_layer = dense * (self.dense_token_bytes(g.num_kv_heads, itemsize) + 4)
-        per_layer += self.table_bytes(g.num_kv_heads) + g.num_kv_heads * g.head_dim * 4  # a mean key
+        vectors = 2 if self.turn_freq and self.key_basis is None else 1  # mean key, weights of channels
+        per_layer += self.table_bytes(g.num_kv_heads) + g.num_kv_heads * g.head_dim * 4 * vectors
         per_layer += self.query_bytes(g.num_kv_heads, itemsize) if self.policy.decode_queries else 0
+        per_layer += 4 * (g.num_kv_heads * g.head_dim + g.num_heads)  # most that a policy keeps of what it has seen
         need = batch * g.num_layers * per_layer
         limit = self.budget.num_bytes
         if self.budget.fraction is not None and g.max_positions:

@@ -15,6 +15,7 @@ from .clock import POSITION, StepClock
 from .config import KEY_SCORE, CacheConfig
 from .meter import RECEIVED, RECENT, AttentionMeter
 from .store import PagedStore
+from .turning import measure_queries
 from .window import DenseWindow
 
 OWN_BASIS = LayerBasis()
@@ -279,7 +280,7 @@ class SmartKVLayer(CacheLayerMixin):
             self.basis.queries(q), store.pools, store.block_table, store.cache_seqlens, store.k_mean,
             buffers["k"], buffers["v"], self.window.positions,
             start, self.config.quant.tiers, self.config.quant.levels, softmax_scale,
-            self.sliding_window, return_mass, self.config.precision, store.k_turns, store.turn_steps,
+            self.sliding_window, return_mass, self.config.precision, store.k_turns, store.turn_steps, store.k_weights,
         )  # fmt: skip
 
     def step_kind(self) -> bool | None:
@@ -309,8 +310,8 @@ class SmartKVLayer(CacheLayerMixin):
 
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
-        policy = self.config.policy
-        keep = self.query_keep
+        measure_queries(self, q)
+        policy, keep = self.config.policy, self.query_keep
         if self.store.is_empty and self.window.used + keep < self.capacity:
             keep = 0  # packing, which wants the newest, is further away than that
         if self.is_due():  # packing lets go of all but these

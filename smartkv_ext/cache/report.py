@@ -65,8 +65,8 @@ def layer_parts(layer: SmartKVLayer) -> dict[str, int]:
         "scores": 0,
         "slack": 0,
         "block tables": store.block_table.nbytes,
-        "lengths": store.cache_seqlens.nbytes * (not store.is_empty) + layer.row_tokens.nbytes,
-        "means": store.mean_bytes * (not store.is_empty),
+        "lengths": store.table_bytes - store.block_table.nbytes + layer.row_tokens.nbytes,
+        "means": store.mean_bytes,
         "policy state": sum(x.nbytes for x in layer.state.values())
         + layer.meter.nbytes
         + (0 if layer.queries is None else layer.queries.nbytes),

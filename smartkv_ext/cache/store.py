@@ -11,6 +11,8 @@ from smartkv_ext import ops
 from smartkv_ext.quant import QuantSpec
 from smartkv_ext.reference.layout import PAGE_SIZE, PageLayout, page_positions, page_scores
 
+from .turning import Means
+
 
 def _num_pages(records: torch.Tensor) -> torch.Tensor:
     return (records + PAGE_SIZE - 1) // PAGE_SIZE
@@ -45,18 +47,26 @@ class PagedStore:
         # Shared by all stores until the first record, so that a context that is not packed pays for no tables.
         self.cache_seqlens = _zeros((batch, num_kv_heads, tiers), torch.int32, device)
         self.k_mean = _zeros((batch, num_kv_heads, head_dim), torch.float32, device)
-
+        self._has_means = False
         self.k_turns: torch.Tensor | None = None  # what of the mean turns: see turning.py
         self.turn_steps: torch.Tensor | None = None
+        self.k_weights: torch.Tensor | None = None
+        self.query_power: torch.Tensor | None = None  # until the first packing: what weights are measured on
 
-    def set_means(self, k_mean: torch.Tensor, k_turns: torch.Tensor | None, turn_steps: torch.Tensor | None) -> None:
-        """What quantised keys lose, before the first is packed."""
-        self.k_mean, self.k_turns, self.turn_steps = k_mean, k_turns, turn_steps
+    def set_means(self, means: Means) -> None:
+        """What quantised keys lose and are multiplied by, before the first is packed."""
+        self.k_mean, self.k_turns, self.turn_steps, self.k_weights = means
+        self.query_power, self._has_means = None, True
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pools and tables; 0 before the first record."""
-        return 0 if self.is_empty else sum(x.nbytes for x in self.tensors().values())
+        """Bytes of pools, tables and means; what is shared does not count."""
+        return self.mean_bytes + self.table_bytes + sum(x.nbytes for x in self.pools)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of block table and lengths."""
+        return 0 if self.is_empty else self.block_table.nbytes + self.cache_seqlens.nbytes
 
     @property
     def is_empty(self) -> bool:
@@ -64,13 +74,14 @@ class PagedStore:
         return self.block_table.shape[3] == 0
 
     def _means(self) -> dict[str, torch.Tensor]:
-        named = {"k_mean": self.k_mean, "k_turns": self.k_turns, "turn_steps": self.turn_steps}
-        return {name: x for name, x in named.items() if x is not None}
+        names = ("k_mean", "k_turns", "turn_steps", "k_weights", "query_power")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def mean_bytes(self) -> int:
-        """Of the mean keys, turns included."""
-        return sum(x.nbytes for x in self._means().values())
+        """Of the mean keys, with turns and weights, and of what they are measured on."""
+        shared = 0 if self._has_means else self.k_mean.nbytes
+        return sum(x.nbytes for x in self._means().values()) - shared
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -108,7 +119,7 @@ class PagedStore:
             stored = self.dtype if tier == 16 else torch.float32
             k, v = ops.dequantize_kv(
                 pool[ids], self.k_mean, self.k_mean.shape[-1], tier, self.spec.levels, stored,
-                self.k_turns, self.turn_steps,
+                self.k_turns, self.turn_steps, self.k_weights,
             )  # fmt: skip
             keys.append(k.to(dtype))
             values.append(v.to(dtype))
@@ -151,13 +162,13 @@ class PagedStore:
             )
             ops.compact_kv(
                 self.pools, self.block_table, self.cache_seqlens, targets, self.k_mean,
-                self.spec.tiers, self.spec.levels, self.dtype, self.k_turns, self.turn_steps,
+                self.spec.tiers, self.spec.levels, self.dtype, self.k_turns, self.turn_steps, self.k_weights,
             )  # fmt: skip
         if new:
             ops.append_kv(
                 self.pools, self.block_table, self.cache_seqlens, new["k"], new["v"], self.k_mean,
                 new["positions"], new["scores"], new["tiers"], self.spec.tiers, self.spec.levels,
-                self.k_turns, self.turn_steps,
+                self.k_turns, self.turn_steps, self.k_weights,
             )  # fmt: skip
         self._trim()
 
@@ -214,9 +225,10 @@ class PagedStore:
     def index_select(self, index: torch.Tensor) -> None:
         """Make row i a copy of the old row index[i]; rows that nobody takes give their pages back."""
         if self.is_empty:
-            tables = self.cache_seqlens, self.k_mean
+            tables, power = (self.cache_seqlens, self.k_mean), self.query_power
             self.cache_seqlens, mean = (_zeros((len(index), *x.shape[1:]), x.dtype, x.device) for x in tables)
-            self.set_means(mean, None, None)  # measured anew by the first packing that finds something to pack
+            self.set_means(Means(mean))  # measured anew by the first packing that finds something to pack
+            self._has_means, self.query_power = False, None if power is None else power.index_select(0, index)
             self.block_table = self.block_table.index_select(0, index)
             return
         self.cache_seqlens = self.cache_seqlens.index_select(0, index)
@@ -240,5 +252,7 @@ class PagedStore:
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of ``tensors``."""
         self.block_table, self.cache_seqlens = tensors["block_table"], tensors["cache_seqlens"]
-        self.set_means(tensors["k_mean"], tensors.get("k_turns"), tensors.get("turn_steps"))
+        self.set_means(Means(tensors["k_mean"], *(tensors.get(x) for x in Means._fields[1:])))
+        self.query_power = tensors.get("query_power")
+        self._has_means = not self.is_empty or bool(self.k_mean.any())
         self.pools = [tensors[f"pages_{tier}"] for tier in self.spec.tiers]

@@ -22,6 +22,7 @@ def quantize_kv(
     levels: str,
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> Tensor:
     batch, num_kv_heads, n, head_dim = k.shape
     num_pages = (n + PAGE_SIZE - 1) // PAGE_SIZE
@@ -38,6 +39,7 @@ def dequantize_kv(
     dtype: torch.dtype,
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, num_kv_heads, num_pages, _ = pages.shape
     shape = (batch, num_kv_heads, num_pages * PAGE_SIZE, head_dim)
@@ -58,6 +60,7 @@ def append_kv(
     levels: str,
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> None:
     return None
 
@@ -80,6 +83,7 @@ def decode_attention(
     precision: str = "auto",
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_kv_heads, num_tiers, max_pages = block_table.shape
     mass_shape: tuple[int, ...] = (batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE)
@@ -129,6 +133,7 @@ def compact_kv(
     dtype: torch.dtype,
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> None:
     return None
 

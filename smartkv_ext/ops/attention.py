@@ -36,6 +36,7 @@ def decode_attention(
     precision: str = "auto",
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax attention of a few queries over paged records of several tiers and a full-precision window, fused.
 
@@ -65,7 +66,7 @@ def decode_attention(
             products is more precise. "fp32"; "int16": 15 and 16 bits (relative error about 1e-4); "int8": 8 bits each
             (below 2e-2); "auto": int16 beside 8-bit codes and int8 beside fewer, which adds next to nothing to the
             error of the codes themselves (docs/design/attention-cpu.md).
-        k_turns, turn_steps: what of the mean key turns, as the pages were written; see quantize_kv.
+        k_turns, turn_steps, k_weights: as the pages were written, see quantize_kv.
 
     Returns:
         out: (batch, num_heads, q_len, head_dim), dtype of q; 0 where a query sees nothing.
@@ -99,6 +100,7 @@ def decode_attention(
         precision,
         k_turns,
         turn_steps,
+        k_weights,
     )
 
 

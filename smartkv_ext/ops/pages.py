@@ -26,6 +26,7 @@ def quantize_kv(
     levels: str = "gaussian",
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> Tensor:
     """Encode tokens into whole pages of one tier (docs/design/page-format.md).
 
@@ -44,6 +45,8 @@ def quantize_kv(
         k_turns: (batch, num_kv_heads, turns, 2, head_dim), float16, U and V of up to 8 turns; given with turn_steps
             or not at all. A head with fewer fills up with zeros.
         turn_steps: (batch, num_kv_heads, turns), int32, the bits of a uint32: steps in 2^-32 turns per position.
+        k_weights: (batch, num_kv_heads, head_dim), float32, not zero: what the mean leaves of a key is multiplied by
+            them before it is rotated, and queries are divided by them. None: ones.
 
     Returns:
         (batch, num_kv_heads, ceil(n / 64), page_bytes) uint8. Slots after the last token have position -1.
@@ -57,7 +60,7 @@ def quantize_kv(
     check_format(bits, k.shape[-1])
     check_levels(levels)
     return _quantize_kv(  # type: ignore[no-any-return]
-        k, v, k_mean, positions, scores, bits, levels, k_turns, turn_steps
+        k, v, k_mean, positions, scores, bits, levels, k_turns, turn_steps, k_weights
     )
 
 
@@ -70,13 +73,14 @@ def dequantize_kv(
     dtype: torch.dtype,
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode whole pages of one tier; slots never written: the mean key of position -1 (16 bits: zero)
     and a zero value.
 
     Args:
         pages: (batch, num_kv_heads, num_pages, page_bytes) uint8, as quantize_kv returns or gathered from a pool.
-        k_mean, k_turns, turn_steps: the mean that was subtracted, as for quantize_kv.
+        k_mean, k_turns, turn_steps, k_weights: as for quantize_kv.
         head_dim, bits, levels: as the pages were written.
         dtype: of the result; for 16 bits it must be the dtype of the stored values.
 
@@ -91,7 +95,7 @@ def dequantize_kv(
     check_levels(levels)
     check_dtype(dtype, "dtype")
     return _dequantize_kv(  # type: ignore[no-any-return]
-        pages, k_mean, head_dim, bits, levels, dtype, k_turns, turn_steps
+        pages, k_mean, head_dim, bits, levels, dtype, k_turns, turn_steps, k_weights
     )
 
 
@@ -109,6 +113,7 @@ def append_kv(
     levels: str = "gaussian",
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> None:
     """Encode tokens, each into its own tier, behind what the lists of a paged cache hold.
 
@@ -119,7 +124,7 @@ def append_kv(
         pools: per tier (num_pages, page_bytes) uint8, contiguous, 64-byte aligned.
         block_table: (batch, num_kv_heads, num_tiers, max_pages) int32; must already hold the pages that are needed.
         cache_seqlens: (batch, num_kv_heads, num_tiers) int32, contiguous; advanced.
-        k, v, k_mean, positions, scores, k_turns, turn_steps: as for quantize_kv.
+        k, v, k_mean, positions, scores, k_turns, turn_steps, k_weights: as for quantize_kv.
         tiers: (batch, num_kv_heads, n) int8, index into tier_bits, -1: skip the token.
         tier_bits: ascending, of 2, 302 (K3V2), 3, 403 (K4V3), 4, 8 and 16.
         levels: "gaussian" or "uniform".
@@ -131,7 +136,7 @@ def append_kv(
     check_levels(levels)
     _append_kv(
         pools, block_table, cache_seqlens, k, v, k_mean, positions, scores, tiers, tier_bits, levels, k_turns,
-        turn_steps,
+        turn_steps, k_weights,
     )  # fmt: skip
 
 
@@ -146,6 +151,7 @@ def compact_kv(
     dtype: torch.dtype,
     k_turns: Tensor | None = None,
     turn_steps: Tensor | None = None,
+    k_weights: Tensor | None = None,
 ) -> None:
     """Evict and demote records in place, and close the holes: afterwards each list is dense again.
 
@@ -157,7 +163,7 @@ def compact_kv(
             has now and those that it will have.
         targets: (batch, num_kv_heads, num_tiers, max_pages * 64) int8: tier of each record, not above its present one,
             or -1: evict. Entries behind a list's length are ignored.
-        k_mean, k_turns, turn_steps: as for quantize_kv; subtracted when a 16-bit record is demoted.
+        k_mean, k_turns, turn_steps, k_weights: as for quantize_kv; they count when a 16-bit record is demoted.
         dtype: of the values in 16-bit pages.
 
     Raises:
@@ -166,4 +172,6 @@ def compact_kv(
     """
     check_levels(levels)
     check_dtype(dtype, "dtype")
-    _compact_kv(pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels, dtype, k_turns, turn_steps)
+    _compact_kv(
+        pools, block_table, cache_seqlens, targets, k_mean, tier_bits, levels, dtype, k_turns, turn_steps, k_weights
+    )

@@ -31,6 +31,7 @@ def decode_attention(
     return_mass: bool = False,
     k_turns: torch.Tensor | None = None,
     turn_steps: torch.Tensor | None = None,
+    k_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See smartkv_ext.ops.decode_attention. Plain softmax over the dequantised tokens of each head."""
     batch, num_heads, q_len, head_dim = q.shape
@@ -43,7 +44,7 @@ def decode_attention(
     q_positions = q_start + torch.arange(q_len, device=q.device)
     for b in range(batch):
         for h in range(num_kv_heads):
-            turns = [x if x is None else x[b : b + 1, h : h + 1] for x in (k_turns, turn_steps)]
+            turns = [x if x is None else x[b : b + 1, h : h + 1] for x in (k_turns, turn_steps, k_weights)]
             keys, values, positions = [k_window[b, h].float()], [v_window[b, h].float()], [window_positions[b]]
             for t, bits in enumerate(tier_bits):
                 n = int(cache_seqlens[b, h, t])

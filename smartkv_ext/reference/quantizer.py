@@ -61,8 +61,11 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, bits: int, levels: str) -> 
     return level_table(bits, levels).to(codes.device)[codes.long()] * scale.float()[..., None]
 
 
-def _rotated_kv(k: torch.Tensor, v: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return rotate(k.float() - shift), rotate(v)
+def _rotated_kv(
+    k: torch.Tensor, v: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    own = k.float() - shift
+    return rotate(own if weights is None else own * weights), rotate(v)
 
 
 def _write(pages: torch.Tensor, layout: PageLayout, slot: int, record: dict[str, torch.Tensor]) -> None:
@@ -101,16 +104,17 @@ def _record(
     k: torch.Tensor,
     v: torch.Tensor,
     shift: torch.Tensor,
+    weights: torch.Tensor | None,
     position: torch.Tensor,
     score: torch.Tensor,
     tier: int,
     levels: str,
 ) -> dict[str, torch.Tensor]:
-    """Encode one token (head_dim,) for a tier; shift as k."""
+    """Encode one token (head_dim,) for a tier; shift and weights as k."""
     record = {"k": k, "v": v, "position": position, "score": score}
     if tier != 16:
         k_bits, v_bits = kv_bits(tier)
-        ky, vy = _rotated_kv(k[None], v[None], shift[None])
+        ky, vy = _rotated_kv(k[None], v[None], shift[None], weights)
         record["k"], record["k_scale"] = (x[0] for x in encode(ky, k_bits, levels, K_FIT))
         record["v"], record["v_scale"] = (x[0] for x in encode(vy, v_bits, levels, V_FIT))
     return record
@@ -126,6 +130,7 @@ def quantize_kv(
     levels: str,
     k_turns: torch.Tensor | None = None,
     turn_steps: torch.Tensor | None = None,
+    k_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See smartkv_ext.ops.quantize_kv."""
     batch, heads, kv_len, head_dim = k.shape
@@ -147,7 +152,8 @@ def quantize_kv(
             pages[..., layout.section(kind)].view(x.dtype).copy_(paged(x).flatten(3))
         return pages
     shift = key_shift(k_mean, positions, k_turns, turn_steps)
-    for kind, y in zip("kv", _rotated_kv(k, v, shift), strict=True):
+    weights = None if k_weights is None else k_weights[:, :, None]
+    for kind, y in zip("kv", _rotated_kv(k, v, shift, weights), strict=True):
         codes, scale = encode(y, layout.bits(kind), levels, K_FIT if kind == "k" else V_FIT)
         codes = paged(codes) * valid[..., None]
         pages[..., layout.section(kind)] = pack_codes(codes, layout.bits(kind), kind)
@@ -164,6 +170,7 @@ def dequantize_kv(
     dtype: torch.dtype,
     k_turns: torch.Tensor | None = None,
     turn_steps: torch.Tensor | None = None,
+    k_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See smartkv_ext.ops.dequantize_kv."""
     layout = page_layout(bits, head_dim, dtype.itemsize)
@@ -176,7 +183,8 @@ def dequantize_kv(
         scale = pages[..., layout.scales(kind)].view(torch.float16)
         out.append(rotate(decode(codes, scale, layout.bits(kind), levels), inverse=True).flatten(2, 3))
     shift = key_shift(k_mean, page_positions(pages, layout).flatten(2), k_turns, turn_steps)
-    return (out[0] + shift).to(dtype), out[1].to(dtype)
+    own = out[0] if k_weights is None else out[0] / k_weights[:, :, None]
+    return (own + shift).to(dtype), out[1].to(dtype)
 
 
 def append_kv(
@@ -193,6 +201,7 @@ def append_kv(
     levels: str,
     k_turns: torch.Tensor | None = None,
     turn_steps: torch.Tensor | None = None,
+    k_weights: torch.Tensor | None = None,
 ) -> None:
     """See smartkv_ext.ops.append_kv."""
     batch, heads, new, head_dim = k.shape
@@ -206,8 +215,16 @@ def append_kv(
                 layout = page_layout(tier_bits[t], head_dim, k.element_size())
                 n = int(cache_seqlens[b, h, t])
                 page = pools[t][int(block_table[b, h, t, n // PAGE_SIZE])]
+                weights = None if k_weights is None else k_weights[b, h]
                 record = _record(
-                    k[b, h, i], v[b, h, i], shift[b, h, i], positions[b, h, i], scores[b, h, i], tier_bits[t], levels
+                    k[b, h, i],
+                    v[b, h, i],
+                    shift[b, h, i],
+                    weights,
+                    positions[b, h, i],
+                    scores[b, h, i],
+                    tier_bits[t],
+                    levels,
                 )
                 _write(page, layout, n % PAGE_SIZE, record)
                 cache_seqlens[b, h, t] = n + 1
@@ -216,6 +233,7 @@ def append_kv(
 def _demote(
     record: dict[str, torch.Tensor],
     shift_at: Callable[[torch.Tensor], torch.Tensor],
+    weights: torch.Tensor | None,
     tier: int,
     new_tier: int,
     levels: str,
@@ -224,7 +242,7 @@ def _demote(
     as it is. shift_at(position): what the key loses if it was raw."""
     if tier == 16:
         shift = shift_at(record["position"])
-        return _record(record["k"], record["v"], shift, record["position"], record["score"], new_tier, levels)
+        return _record(record["k"], record["v"], shift, weights, record["position"], record["score"], new_tier, levels)
     out = dict(record)
     for kind, bits, new_bits in zip("kv", kv_bits(tier), kv_bits(new_tier), strict=True):
         if bits == new_bits:
@@ -245,6 +263,7 @@ def compact_kv(
     dtype: torch.dtype,
     k_turns: torch.Tensor | None = None,
     turn_steps: torch.Tensor | None = None,
+    k_weights: torch.Tensor | None = None,
 ) -> None:
     """See smartkv_ext.ops.compact_kv. Tiers are ascending, so demotions always go to a smaller index."""
     head_dim = k_mean.shape[-1]
@@ -277,7 +296,10 @@ def compact_kv(
                 for s in range(num_tiers - 1, t, -1):  # then the demoted, from the highest tier down
                     for i in range(lengths[s]):
                         if int(targets[b, h, s, i]) == t:
-                            record = _demote(_read(*slot(s, i), dtype), shift_at, tier_bits[s], tier_bits[t], levels)
+                            weights = None if k_weights is None else k_weights[b, h]
+                            record = _demote(
+                                _read(*slot(s, i), dtype), shift_at, weights, tier_bits[s], tier_bits[t], levels
+                            )
                             _write(*slot(t, n), record)
                             n += 1
                 cache_seqlens[b, h, t] = n
