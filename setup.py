@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
+SLOWEST = ("decode_attention.cu", "attention_mass.cu")  # minutes each: started first, or a core idles at the end
 NVCC_FLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
 
 
@@ -58,13 +59,38 @@ def static_runtime(nvcc):
     raise SystemExit(f"{home} has nvcc but no libcudart_static.a: install the development files of the CUDA runtime")
 
 
+def isolated():
+    """Whether this build sees an environment of its own: made by pip, by `python -m build`, or by uv."""
+    prefix = Path(sys.prefix)
+    hidden = sysconfig.get_path("purelib") not in sys.path
+    return hidden or prefix.name.startswith("build-env-") or "builds-v0" in prefix.parts
+
+
+def install_command(arguments, prefix=sys.prefix, root=ROOT):
+    """What builds here with the torch of the environment, for what seems to have been asked for."""
+    prefix = Path(prefix)
+    if prefix.name.startswith("build-env-"):
+        return "python -m build --no-isolation"
+    install = ("uv " if "builds-v0" in prefix.parts else "") + "pip install --no-build-isolation"
+    if "editable_wheel" in arguments:
+        return f"{install} -e ."
+    # An archive is unpacked under a name of the installer's: the present folder is none of the person's then.
+    unpacked = any(part.startswith(("pip-req-build-", "pip-install-", "sdists-v")) for part in root.parts)
+    return f"{install} " + (f"smartkv_ext-{VERSION}.tar.gz" if unpacked else ".")
+
+
 def torch_dir():
     try:
         import torch
     except ImportError:
+        reason = (
+            "This is an isolated build: it does not see the packages of your environment, torch among them.\n"
+            if isolated()
+            else ""
+        )
         raise SystemExit(
             "smartkv_ext is compiled against torch >= 2.10, which is not importable here.\n"
-            "Install torch first, then run: pip install --no-build-isolation -e ."
+            f"{reason}Install torch first, then run: {install_command(sys.argv)}"
         ) from None
     return Path(torch.__file__).parent
 
@@ -131,17 +157,18 @@ class NinjaBuild(build_ext):
         def objects(pattern, rule="cxx", flags=""):
             built = []
             sources = [s for s in sorted(glob(str(ROOT / pattern))) if nvcc or "/cuda_" not in s]
+            sources.sort(key=lambda source: not source.endswith(SLOWEST))
             for source in sources:
                 name = os.path.relpath(source, ROOT / "csrc").replace("/", "_") + ".o"
                 log = [f"{name}.log"] if rule == "nvcc" else None
                 built += n.build(name, rule, source, variables={"flags": flags}, implicit_outputs=log)
             return built
 
+        kernels = objects("csrc/cuda/*.cu", "nvcc") if nvcc else []
         core = n.build("libsmartkv_core.a", "ar", objects("csrc/cpu/*.cpp"))
         cuda = "-DSMARTKV_WITH_CUDA" if nvcc else ""
         torch_flags = f"{TORCH_FLAGS} {cuda} {python} -isystem {torch}/include"
         bindings = objects("csrc/torch/*.cpp", flags=torch_flags)
-        kernels = objects("csrc/cuda/*.cu", "nvcc") if nvcc else []
         # libtorch.so names libtorch_cuda.so where torch has it: kept although nothing in it is needed by name, it
         # puts the weak CUDA stream symbol into scope. Where torch is CPU-only the symbol stays null.
         libs = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu"
