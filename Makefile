@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install -q --disable-pip-version-check
 LOCK   := .ci/constraints.txt
 KERNELS := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 -p no:benchmark
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 
 # A stamp for what was compiled: .built-auto, .built-1 or .built-0. One at a time, as there is one place for libraries.
 BUILT  := $(VENV)/.built-$(or $(SMARTKV_CUDA),auto)
@@ -45,18 +45,22 @@ packages: $(VENV)/.packages
 $(VENV)/.built-%: $(VENV)/.packages $(KERNELS) setup.py pyproject.toml
 	rm -f $(VENV)/.built-*
 	@echo "compiling the extension: one to two minutes, with CUDA kernels five more, unless it was done before"
-	SMARTKV_CUDA=$* $(PIP) --no-deps --no-build-isolation -e .
+	PYTHONWARNINGS="ignore:Editable installation" SMARTKV_CUDA=$* $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 build: $(BUILT)
 
-cpp-test: $(VENV)/.packages
-	$(BIN)/cmake -S . -B build/core -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+# The plain tests link the library that the extension has; the sanitised ones compile their own.
+CORE = $(shell $(BIN)/python -c "import sys, sysconfig as s; print(s.get_platform(), sys.implementation.cache_tag, sep='-')")
+CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+CTEST := $(BIN)/ctest --output-on-failure -j $(shell nproc)
+cpp-test: $(BUILT)
+	$(CMAKE) -B build/core -DSMARTKV_CORE=$(CURDIR)/build/$(CORE)/libsmartkv_core.a
 	$(BIN)/cmake --build build/core
-	$(BIN)/ctest --test-dir build/core --output-on-failure
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DSMARTKV_SANITIZE=ON
+	$(CTEST) --test-dir build/core
+	$(CMAKE) -B build/sanitize -DSMARTKV_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(CTEST) --test-dir build/sanitize
 
 # Registers of the CUDA kernels, from the build of the extension.
 spills: $(BUILT)

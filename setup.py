@@ -103,6 +103,7 @@ class NinjaBuild(build_ext):
         import pybind11
         from ninja import ninja_syntax
 
+        torch_dir()  # says what is missing before the last build's files are touched
         # Not build_temp, which pip makes anew for every editable install.
         build_dir = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,20 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = Path(sys.prefix) / "compat"
 PARTS = ("hf", "cache", "policies", "cli")  # of python_tests: what goes through transformers
-OPTIONS = ["-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:benchmark", "-n", "logical", "--maxprocesses", "8"]
+OPTIONS = [
+    "-q",
+    "--tb=line",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:benchmark",
+    "-n",
+    "logical",
+    "--maxprocesses",
+    "8",
+    "--dist",
+    "worksteal",
+]
 
 
 def supported() -> Requirement:

@@ -66,7 +66,7 @@ def would_build(folder: Path, *goal: str) -> str | None:
     """What SMARTKV_CUDA is in the build that the goal needs, or None where none is needed."""
     command = ["env", "-u", "SMARTKV_CUDA", "-u", "MAKEFLAGS", "make", "-n", *goal]
     lines = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
-    builds = [line.split()[0].removeprefix("SMARTKV_CUDA=") for line in lines if line.startswith("SMARTKV_CUDA=")]
+    builds = [line.split("SMARTKV_CUDA=")[1].split()[0] for line in lines if "SMARTKV_CUDA=" in line]
     assert len(builds) <= 1
     return builds[0] if builds else None
 
@@ -86,4 +86,4 @@ def test_each_command_takes_the_right_build(checkout: Path) -> None:
     assert would_build(checkout, "demo", "SMARTKV_CUDA=1") == "1"
     (checkout / "csrc/a.cpp").write_text("changed")
     assert would_build(checkout, "demo") == "auto", "else the tests would take the demo's build for theirs"
-    assert would_build(checkout, "lint") is None and would_build(checkout, "cpp-test") is None
+    assert would_build(checkout, "lint") is None, "linters need no compiler"
