@@ -34,6 +34,7 @@ test:
 
 # All packages in known versions, and torch only where there is none: which build of it fits is up to the GPU.
 $(VENV)/.packages: $(LOCK)
+	@echo "installing packages into $(VENV): half a minute, and what the network takes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps -r $(LOCK)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
