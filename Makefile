@@ -36,7 +36,7 @@ test:
 $(VENV)/.packages: $(LOCK)
 	@echo "installing packages into $(VENV): half a minute, and what the network takes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --no-deps -r $(LOCK)
+	$(PIP) --no-compile --no-deps -r $(LOCK)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
 	rm -rf $(VENV)/compat
 	touch $@
