@@ -242,3 +242,59 @@ def test_what_a_user_types_first():
     assert {"ops", "SmartKVCache", "patch", "policies"} <= set(dir(smartkv_ext))
     code = "import smartkv_ext; smartkv_ext.ops.quantize_kv; smartkv_ext.policies.get_policy('knorm')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_masks_are_read_as_transformers_reads_them():
+    """Columns beyond the keys do not count, be the mask allocated ahead or every chunk given that of the whole prompt;
+    one that is too short is refused, where transformers would take new tokens for padding."""
+    model = tiny("qwen2")
+    ids, mask = prompts(2, 60)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ahead = torch.nn.functional.pad(mask, (0, 40))
+    with torch.no_grad():
+        plain = model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+        for given in (mask, ahead):
+            cache = SmartKVCache(model, budget=None)
+            parts = [
+                model(ids[:, a:b], attention_mask=given, position_ids=positions[:, a:b], **cache_kwargs(cache)).logits
+                for a, b in ((0, 25), (25, 59), (59, 60))
+            ]
+            assert (torch.cat(parts, 1)[mask.bool()] - plain).abs().max() < 1e-4
+            assert cache.layers[0].row_tokens.tolist() == mask.sum(1).tolist()
+        with pytest.raises(ValueError, match="a column for each of the 61 tokens so far"):
+            model(ids[:, :1], attention_mask=mask[:, :1], **cache_kwargs(cache))
+        assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("policy", ["auto", "h2o"])
+def test_autocast(policy):
+    """RoPE gives float32 keys beside bfloat16 values."""
+    model = tiny("llama")
+    ids, mask = prompts(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reference = generate(model, ids, mask, new=8)
+        cache = SmartKVCache(model, budget=None, tiers=(16,), window=16, policy=policy)
+        ours = generate(model, ids, mask, cache, new=8)
+        small = SmartKVCache(model, budget=0.5, window=16, policy=policy, min_tokens=0)
+        generate(model, ids, mask, small)
+    assert cache.layers[0].dtype == torch.bfloat16 and small.report().tokens_per_tier["evicted"] > 0
+    assert (ours.logits[0] - reference.logits[0]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("policy", ["auto", "hybrid", "evolved", "snapkv"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(policy, default):
+    model = tiny("qwen2").to(torch.bfloat16)
+    ids, _ = prompts(1, 260)
+    logits = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            cache = SmartKVCache(model, budget=0.5, window=16, policy=policy, min_tokens=0)
+            with torch.no_grad():
+                model(ids[:, :200], **cache_kwargs(cache))
+                logits.append([model(x, **cache_kwargs(cache)).logits for x in ids[:, 200:].split(1, 1)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert cache.report().tokens_per_tier["evicted"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))

@@ -149,7 +149,7 @@ def _token_view(layer: SmartKVLayer, softmax_scale: float, lse: torch.Tensor | N
         row_tokens=layer.row_tokens,
         received=window.held(RECEIVED)[..., 0] if names else None,
         recent=window.held(RECENT)[..., 0] * layer.recent_scale() if RECENT in names else None,
-        inv_freq=torch.tensor(inv_freq, device=layer.device) if inv_freq else None,
+        inv_freq=torch.tensor(inv_freq, dtype=torch.float32, device=layer.device) if inv_freq else None,
         key_scores=window.held(KEY_SCORE)[..., 0] if policy.scores_keys else None,
     )
 

@@ -33,5 +33,5 @@ def begin_update(cache: SmartKVCache, k: torch.Tensor, v: torch.Tensor, layer_id
         raise RuntimeError(f"layer {layer_idx}: the layer before it did not use the attention that patch() chose")
     if layer_idx >= len(cache.layers):
         raise ValueError(f"the cache was made for {len(cache.layers)} layers; the model has a layer {layer_idx}")
-    cache.layers[layer_idx].begin(k, v)
+    cache.layers[layer_idx].begin(k.to(v.dtype), v)  # under autocast RoPE gives float32 keys beside values of less
     forward.waiting = True

@@ -45,7 +45,9 @@ class AttentionMeter:
         """Forget everything: the records are about to carry it, or have moved."""
         self.pages = self._pages_of(store)
         shape = (len(self.pages), PAGE_SIZE)
-        self.sums = {name: torch.zeros(shape, device=store.block_table.device) for name in self.names}
+        self.sums = {
+            name: torch.zeros(shape, dtype=torch.float32, device=store.block_table.device) for name in self.names
+        }
 
     def _pages_of(self, store: PagedStore) -> torch.Tensor:
         if not self.names:

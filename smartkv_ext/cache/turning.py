@@ -96,7 +96,7 @@ def _choose(layer: SmartKVLayer, mean: torch.Tensor) -> Means:
     horizon = max(2 * layer.seen, LEAST_HORIZON)
     left = _left(frequency, horizon)
 
-    unit = torch.eye(held.shape[-1], device=held.device).expand(1, held.shape[1], -1, -1)
+    unit = torch.eye(held.shape[-1], dtype=torch.float32, device=held.device).expand(1, held.shape[1], -1, -1)
     one, other = layer.basis.differences(unit).chunk(2, 2)  # (1, num_kv_heads, head_dim / 2, head_dim)
     a, b = before.real[..., None], before.imag[..., None]
     vectors = torch.stack([a * one + b * other, a * other - b * one], 3)

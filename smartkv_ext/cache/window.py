@@ -23,7 +23,7 @@ class DenseWindow:
         sums: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.buffers = {name: torch.empty(shape, dtype=dtype, device=device) for name in names}
-        self.buffers |= {name: torch.zeros(*shape[:3], 1, device=device) for name in sums}
+        self.buffers |= {name: torch.zeros(*shape[:3], 1, dtype=torch.float32, device=device) for name in sums}
         self.positions = torch.full((shape[0], shape[2]), -1, dtype=torch.int32, device=device)
         self.used = 0
         self.sink_slots = 0

@@ -191,7 +191,7 @@ class Gates:
         if self.calibration is None:
             raise ValueError("these gates have no calibration: their scores are no probabilities (smartkv evaluate)")
         slope, offset = self.calibration.unbind(-1)
-        return (torch.logit(torch.tensor(p)) - offset) / slope
+        return (torch.logit(torch.tensor(p, dtype=torch.float32)) - offset) / slope
 
     def check_model(self, facts: ModelFacts) -> None:
         """Raise ValueError if the gates belong to a model of another shape."""

@@ -124,13 +124,14 @@ def attend_cached(
     layer_idx = cast(int, module.layer_idx)
     layer = cache.layers[layer_idx]
     q_len, start = query.shape[2], layer.seen
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as autocast does for sdpa
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         query, key, value = query.detach(), key.detach(), value.detach()
     valid = None if padding is None else padding[:, -q_len:]
     if key.shape[1] != cache.smartkv_config.geometry.num_kv_heads:
         layer.head_offset = _first_local_head(module, key.shape[1])
     try:
-        layer.append(key, value, None if pre_rope is None else pre_rope.like(key), valid)
+        layer.append(key, value, None if pre_rope is None else pre_rope.like(key).to(key.dtype), valid)
         layer.remember_queries(query)
         if start == 0 and q_len > 1:
             out = _prefill(module, query, key, value, valid, scaling, layer.sliding_window)

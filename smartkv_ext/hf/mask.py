@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from smartkv_ext.cache.forward import running
@@ -27,9 +26,14 @@ def smartkv_mask(
     if attention_mask is None:
         return None
     mask = attention_mask.bool()
-    if kv_length is not None and mask.shape[-1] < kv_length:
-        mask = F.pad(mask, (0, kv_length - mask.shape[-1]), value=True)
-    return mask
+    if kv_length is None or mask.dim() != 2:  # others are refused by the attention function
+        return mask
+    if mask.shape[-1] < kv_length:  # transformers takes what is missing for padding, and loses the new tokens
+        raise ValueError(
+            f"attention_mask must have a column for each of the {kv_length} tokens so far, in the cache and new; "
+            f"got {mask.shape[-1]}"
+        )
+    return mask[:, :kv_length]
 
 
 def dense_mask(

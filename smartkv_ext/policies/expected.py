@@ -76,7 +76,7 @@ class ExpectedAttention(Policy):
         # Padding lies in front, so a row's own tokens are its newest; one query is used however short the row.
         first = (view.seen - view.row_tokens)[:, None] + NUM_SINKS
         used = ((place >= first) | (place == view.seen - 1))[:, None, :, None]
-        weight = used / used.sum(2, keepdim=True)
+        weight = used.float() / used.sum(2, keepdim=True)
         mean = torch.where(used, queries * weight, 0.0).sum(2)
         centred = torch.where(used, queries - mean[:, :, None], 0.0)
         covariance = centred.transpose(2, 3) @ (centred * weight)

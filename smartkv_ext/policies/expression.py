@@ -15,7 +15,7 @@ LARGEST_EXPONENT = 30.0
 
 
 def _tensor(x: Value) -> torch.Tensor:
-    return x if isinstance(x, torch.Tensor) else torch.tensor(x)
+    return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float32)
 
 
 def _divide(a: Value, b: Value) -> torch.Tensor:

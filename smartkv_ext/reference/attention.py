@@ -37,10 +37,10 @@ def decode_attention(
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, num_tiers, max_pages = block_table.shape[1:]
     groups = num_heads // num_kv_heads
-    out = torch.zeros(batch, num_heads, q_len, head_dim, device=q.device)
-    lse = torch.full((batch, num_heads, q_len), -torch.inf, device=q.device)
-    mass = torch.zeros(batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE, device=q.device)
-    window_mass = torch.zeros(batch, num_kv_heads, k_window.shape[2], device=q.device)
+    out = torch.zeros(batch, num_heads, q_len, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
+    mass = torch.zeros(batch, num_kv_heads, num_tiers, max_pages * PAGE_SIZE, dtype=torch.float32, device=q.device)
+    window_mass = torch.zeros(batch, num_kv_heads, k_window.shape[2], dtype=torch.float32, device=q.device)
     q_positions = q_start + torch.arange(q_len, device=q.device)
     for b in range(batch):
         for h in range(num_kv_heads):

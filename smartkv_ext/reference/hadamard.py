@@ -18,10 +18,10 @@ ORDER = {64: (1, 64), 80: (20, 4), 96: (12, 8), 128: (1, 128), 256: (1, 256)}
 def paley(order: int) -> torch.Tensor:
     """Paley-I Hadamard matrix of order q + 1, q prime and 3 mod 4: I + [[0, 1], [-1, chi(i - j)]]."""
     if order == 1:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, dtype=torch.float32)
     q = order - 1
     squares = {i * i % q for i in range(1, q)}
-    matrix = torch.eye(order)
+    matrix = torch.eye(order, dtype=torch.float32)
     matrix[0, 1:] += 1
     matrix[1:, 0] -= 1
     for i in range(q):
