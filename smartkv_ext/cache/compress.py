@@ -15,7 +15,7 @@ from smartkv_ext.reference.layout import PAGE_SIZE, tier_name
 from .config import KEY_SCORE, UNLIMITED
 from .layer import SmartKVLayer
 from .meter import RECEIVED, RECENT, page_meter_bytes
-from .turning import measure_means
+from .turning import measure_means, most_mean_bytes
 
 EVICT_NEVER = (
     1e6  # distortion of losing a token under a policy that keeps all: a first page always wins over a better tier
@@ -171,13 +171,15 @@ def _page_budget(layer: SmartKVLayer, size: tuple[int, int]) -> torch.Tensor:
     itemsize = layer.dtype.itemsize
     per_row = [config.layer_budget(n, batch, heads, itemsize) for n in layer.row_tokens.tolist()]
     dense = (config.num_sinks + sum(size)) * (config.dense_token_bytes(heads, itemsize) + 4)
-    fixed = config.table_bytes(heads) + store.mean_bytes // batch + sum(x.nbytes // batch for x in layer.state.values())
-    fixed += layer.query_keep * config.query_bytes(heads, itemsize)
-    if per_row[0] >= UNLIMITED:
-        return torch.full((batch,), UNLIMITED, dtype=torch.int64, device=layer.device)
     share = 1.0
     if config.scope != "global":
         share = config.policy.layer_share(layer.layer_idx, config.geometry.num_layers, config.geometry.num_kv_heads)
+    # Layers may differ in what turns: where room is shared out, all count the most, so that no share is too large.
+    means = store.mean_bytes // batch if share == 1 else most_mean_bytes(layer)
+    fixed = config.table_bytes(heads) + means + sum(x.nbytes // batch for x in layer.state.values())
+    fixed += layer.query_keep * config.query_bytes(heads, itemsize)
+    if per_row[0] >= UNLIMITED:
+        return torch.full((batch,), UNLIMITED, dtype=torch.int64, device=layer.device)
     # Every layer has the same dense part; what a policy shares out unevenly is the room for pages.
     rooms = [int(room * share) if room > 0 else room for room in (limit - dense - fixed for limit in per_row)]
     # All rows of a batch share the window's size: what a short row holds beyond its own share, the longer ones give up.

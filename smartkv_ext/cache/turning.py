@@ -125,11 +125,23 @@ def _choose(layer: SmartKVLayer, mean: torch.Tensor) -> Means:
     return found._replace(k_turns=torch.where(used, vectors, 0.0).half(), turn_steps=steps.contiguous())
 
 
+def most_mean_bytes(layer: SmartKVLayer) -> int:
+    """That means, turns and weights of one sequence may take in a layer."""
+    _, heads, _, head_dim = layer.window.shape
+    config, mean = layer.config, head_dim * torch.float32.itemsize
+    if not config.turn_freq or not config.quant.mean_shift:
+        return heads * mean
+    return heads * (mean * (2 if config.key_basis is None else 1) + MAX_TURNS * _bytes_per_turn(head_dim))
+
+
+def _bytes_per_turn(head_dim: int) -> int:
+    return 2 * head_dim * torch.float16.itemsize + torch.int32.itemsize
+
+
 def _most_turns(layer: SmartKVLayer, horizon: int) -> int:
     batch, heads, _, head_dim = layer.window.shape
-    bytes_per_turn = 2 * head_dim * torch.float16.itemsize + torch.int32.itemsize
-    budget = layer.config.layer_budget(horizon, batch, heads, layer.dtype.itemsize)
-    affordable = int(BUDGET_SHARE * budget) // (heads * bytes_per_turn)
+    budget = int(BUDGET_SHARE * layer.config.layer_budget(horizon, batch, heads, layer.dtype.itemsize))
+    affordable = budget // (heads * _bytes_per_turn(head_dim))
     return min(MAX_TURNS, head_dim // 2, affordable)
 
 
