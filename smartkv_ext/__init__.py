@@ -34,17 +34,22 @@ def __getattr__(name: str) -> Any:
         if name == "SmartKVCache":
             from .cache import cache
 
-            cache.prepare_model = _prepare_model
+            cache.model_config, cache.prepare_model = _model_config, _prepare_model
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _prepare_model(model: Any) -> None:
-    """For ``SmartKVCache(model)``: the front door is the one place that knows the cache and its seat in models."""
-    from .hf import is_patched, patch
+# For ``SmartKVCache(model)``: the front door is the one place that knows the cache and its seat in models.
+def _model_config(model: Any) -> Any:
+    from .hf import decoder_of
 
-    if not is_patched(model):
-        patch(model)
+    return decoder_of(model).config
+
+
+def _prepare_model(model: Any) -> None:
+    from .hf import ensure_patched
+
+    ensure_patched(model)
 
 
 def __dir__() -> list[str]:

@@ -29,6 +29,8 @@ ALLOWED = {
     "quantize_kv_kernel<80, 403>": (16, "the same"),
     "quantize_kv_kernel<80, 4>": (28, "the same"),
     "quantize_kv_kernel<80, 8>": (16, "the same"),
+    "quantize_kv_kernel<256, 403>": (16, "the same, on sm_80 alone"),
+    "quantize_kv_kernel<256, 4>": (16, "the same, on sm_80 alone"),
     "decode_attention_kernel<80, 1, true>": (32, "float32, the three terms of every operand: not what GPUs serve"),
     "decode_attention_kernel<96, 1, true>": (32, "the same"),
     "decode_attention_kernel<96, 2, false>": (24, "seven kinds of tiles in one kernel; few registers, sm_90 alone"),

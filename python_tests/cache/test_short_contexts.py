@@ -75,7 +75,7 @@ def test_a_fraction_binds_where_it_is_worth_min_tokens():
     assert held[0] <= held[64] < 0.6 * held[128]
 
 
-@pytest.mark.parametrize("policy", ["auto", "keydiff", "h2o", "full"])
+@pytest.mark.parametrize("policy", ["auto", "keydiff", "h2o", "full", "snapkv", "tova", "expected_attention"])
 @pytest.mark.parametrize("budget", ["60kB", "100kB", "200kB"])
 def test_bytes_are_kept_or_refused(budget, policy):
     model = tiny("qwen2").to(torch.bfloat16)
@@ -90,9 +90,28 @@ def test_bytes_are_kept_or_refused(budget, policy):
         limit = need
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for part in ids.split([500, 200] + [1] * 100, 1):
+        for part in ids.split([40, 20] + [1] * 110 + [500, 130], 1):
             model(part, **cache_kwargs(cache))
             assert cache.nbytes <= limit, str(cache.report())
+            cache.step_kind()  # allocates ahead for a replayed step
+            assert cache.nbytes <= limit, str(cache.report())
+
+
+def test_repeated_rows_and_replayed_steps_keep_a_short_context():
+    model = tiny("qwen2").to(torch.bfloat16)
+    ids, _ = prompts(1, 60)
+    cache = SmartKVCache(model, budget="1/8")
+    with torch.no_grad():
+        model(ids, **cache_kwargs(cache))
+        cache.batch_repeat_interleave(4)
+        model(ids[:, :1].expand(4, 1), **cache_kwargs(cache))
+    assert cache.report().tokens_per_tier["window"] == 61
+    cache = SmartKVCache(model, budget="512MB")
+    with torch.no_grad():
+        model(ids, **cache_kwargs(cache))
+        while cache.step_kind() is None:
+            model(ids[:, :1], **cache_kwargs(cache))
+    assert cache.nbytes < 3 * full_bytes(model, 60)
 
 
 def test_what_a_policy_remembers_is_a_small_part():

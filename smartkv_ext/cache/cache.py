@@ -26,7 +26,8 @@ from .report import CacheReport, layer_bytes, report
 from .turning import fixed_frequencies
 
 LOST = "the step failed and the cache could not be restored: it is empty now"
-# Makes a model ready for a SmartKVCache. Set by the package's front door: the cache does not know its seat in models.
+# A model's config, and what makes it ready. The package's front door sets them: the cache does not know its seat.
+model_config: Callable[[torch.nn.Module], Any] | None = None
 prepare_model: Callable[[torch.nn.Module], None] | None = None
 
 
@@ -79,7 +80,7 @@ class SmartKVCache(Cache):
         key_basis: bool | str | Path = True,
         min_tokens: int = MIN_TOKENS,
     ) -> None:
-        config = _config_of(config)
+        model, config = config, _config_of(config)
         geometry = ModelGeometry.from_config(config)
         chosen = get_policy(policy).for_model(config)
         self._basis_of = find_key_basis(key_basis, chosen, config)
@@ -95,7 +96,10 @@ class SmartKVCache(Cache):
         num_layers = geometry.num_layers
         self.clock = StepClock(num_layers)
         self._is_recorded = False
+        self.open_forward: int | None = None  # tokens seen before the forward that is running, or was interrupted
         super().__init__(layers=[SmartKVLayer(self.smartkv_config, i, self.clock) for i in range(num_layers)])
+        if model is not config and prepare_model is not None:  # last: refused arguments leave the model as it was
+            prepare_model(model)
 
     def __repr__(self) -> str:
         config = self.smartkv_config
@@ -140,16 +144,15 @@ class SmartKVCache(Cache):
         self._pack_if_due(force_recorded=True)
 
     def check_even(self) -> None:
-        """Before a forward: an interrupt may have ended the last one between two layers.
+        """Before a forward: an interrupt, behind which nothing is called, may have ended the last one anywhere.
 
-        Raises RuntimeError, with the tokens of that forward forgotten.
+        Raises RuntimeError, with the tokens of that forward forgotten, or everything where that cannot be.
         """
-        lengths = {layer.seen for layer in self.layers}
-        if len(lengths) > 1:
-            self.rollback(min(lengths))
+        start, self.open_forward = self.open_forward, None
+        if start is not None and {layer.seen for layer in self.layers} != {start}:
+            self.rollback(start)
             raise RuntimeError(
-                f"the last forward was interrupted between two layers; the cache is back at {min(lengths):,} tokens: "
-                "give it the new ones again"
+                f"the last forward was interrupted; the cache is back at {start:,} tokens: give it the new ones again"
             )
 
     def check_keys(self, sketch: Callable[[], torch.Tensor | None]) -> None:
@@ -262,7 +265,11 @@ class SmartKVCache(Cache):
         if any(layer.seen < length for layer in self.layers):  # emptied before
             raise RuntimeError(LOST)
         for layer in self.layers:
-            if layer.seen > length:
+            if length == 0:  # also one that has only been told a shape
+                record_past = layer.record_past
+                layer.reset()
+                layer.record_past = record_past
+            elif layer.seen > length:
                 layer.crop(length - layer.seen)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -284,14 +291,13 @@ class SmartKVCache(Cache):
     @classmethod
     def load(cls, path: str | Path, config: Any, device: str | torch.device = "cpu") -> SmartKVCache:
         """Read what ``save`` wrote, for the same model. Raises ValueError for a foreign, newer or damaged file."""
-        return serialize.load(cls, Path(path), config, device)
+        return serialize.load(cls, Path(path), _config_of(config), device)
 
 
 def _config_of(model: Any) -> Any:
-    """The config of a model, which is made ready for a SmartKVCache; anything else is taken for a config."""
+    """The config of a model; anything else is taken for a config."""
     if not isinstance(model, torch.nn.Module):
         return model
-    if prepare_model is None:
+    if model_config is None:
         raise TypeError("config may be a model for smartkv_ext.SmartKVCache; here it must be a transformers config")
-    prepare_model(model)
-    return model.config
+    return model_config(model)

@@ -187,6 +187,8 @@ class CacheConfig:
         per_layer += self.table_bytes(g.num_kv_heads) + g.num_kv_heads * g.head_dim * 4 * vectors
         per_layer += self.query_bytes(g.num_kv_heads, itemsize) if self.policy.decode_queries else 0
         per_layer += 4 * (g.num_kv_heads * g.head_dim + g.num_heads)  # most that a policy keeps of what it has seen
+        if self.turn_freq:  # means that turn may take a sixteenth beside (turning.py)
+            per_layer = per_layer * 16 // 15 + 1
         need = batch * g.num_layers * per_layer
         limit = self.budget.num_bytes
         if self.budget.fraction is not None and g.max_positions:
@@ -242,5 +244,8 @@ class CacheConfig:
             return max(capacity, self.min_tokens + 1)
         if self.budget.num_bytes is None:
             return capacity
-        room = budget - self.table_bytes(num_kv_heads)
+        g, queries = self.geometry, self.decode_queries(tokens, batch, num_kv_heads, itemsize)
+        room = budget - self.table_bytes(num_kv_heads) - queries * self.query_bytes(num_kv_heads, itemsize)
+        if self.turn_freq and self.key_basis is None:
+            room -= num_kv_heads * g.head_dim // 2 * 4  # power of queries, measured until then
         return max(capacity, room // (self.dense_token_bytes(num_kv_heads, itemsize) + 4))

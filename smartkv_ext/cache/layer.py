@@ -64,7 +64,7 @@ class SmartKVLayer(CacheLayerMixin):
 
     @property
     def row_tokens(self) -> torch.Tensor:
-        """(batch,) int64: tokens of each sequence that are not padding. Counted on the host between those that ask."""
+        """(batch,) int64: tokens of each sequence that are not padding; counted on the host between those that ask."""
         if self._uncounted:
             self._rows += self._uncounted
             self._uncounted = 0
@@ -141,11 +141,8 @@ class SmartKVLayer(CacheLayerMixin):
         self._clear()
 
     def activate_past_recording(self) -> None:
-        """Assisted decoding: hold every lossy step until crop() says what is kept.
-
-        transformers never says when assisted decoding ends: two forwards without a crop() between them do."""
-        self.record_past = True
-        self.uncommitted = False
+        """Assisted decoding: hold lossy steps until crop() says what is kept, or two forwards have none between."""
+        self.record_past, self.uncommitted = True, False
 
     def crop(self, length: int) -> None:
         """Remove the -length newest tokens (length <= 0), or keep the first ``length`` (older transformers)."""
@@ -164,7 +161,7 @@ class SmartKVLayer(CacheLayerMixin):
         padding = self.window.held_positions()[:, -count:] < 0
         # Padding that was dropped when its neighbours were packed is not known any more: never count below zero.
         self.row_tokens = (self.row_tokens - (count - padding.sum(1))).clamp(min=0)
-        self.window.crop(new, count, self.capacity)
+        self.window.crop(new, count, 0 if self.store.is_empty else self.capacity)
         self.config.policy.crop(self.state, new)
         if not self.store.is_empty:
             packed = self.store.positions()
@@ -194,7 +191,8 @@ class SmartKVLayer(CacheLayerMixin):
         index = index.to(self.device)
         if len(index) > self.batch_size:
             self.config.check_budget(self.dtype.itemsize, len(index))
-            self.capacity = 0  # more sequences share the budget: pack at the next step
+            # More sequences share a budget in bytes: pack at the next step.
+            self.capacity = self.capacity if self.config.budget.num_bytes is None else 0
         if torch.equal(index, torch.arange(self.batch_size, device=self.device)):
             return
         self.rewrites += 1
@@ -287,16 +285,16 @@ class SmartKVLayer(CacheLayerMixin):
         """Whether the next token's query counts in "recent" sums; None where its step packs or changes a shape."""
         if not self.is_initialized or self.record_past or self.window.used + 1 >= self.capacity:
             return None
-        keep = self.query_keep
-        if self.store.is_empty and self.window.used + 1 + keep < self.capacity:
-            keep = 0  # as for remember_queries
+        if self.window.grow(self.capacity):  # the buffers are others now
+            return None
+        keep = self._remembered(self.window.used + 1)
         if keep and (self.queries is None or self.queries.shape[2] != keep):
             return None
         return self.window.used + 1 > self.capacity - self.config.policy.recent_queries
 
     def make_ready(self) -> None:
-        """Room for all tokens up to the next packing, and what the device must know before the first comes."""
-        self.window.make_ready(self.seen, self.capacity - self.window.used)
+        """What the device must know before the next token comes."""
+        self.window.make_ready(self.seen, 1)
         self._slot(self.window.used)
         self.clock.entry(self.device, POSITION, self.seen)
 
@@ -308,12 +306,14 @@ class SmartKVLayer(CacheLayerMixin):
         self.seen += 1
         self._uncounted += 1
 
+    def _remembered(self, used: int) -> int:
+        """How many queries are kept at ``used`` slots: none while the first packing is further away than they reach."""
+        return 0 if self.store.is_empty and used + self.query_keep < self.capacity else self.query_keep
+
     def remember_queries(self, q: torch.Tensor) -> None:
         """Keep the newest queries that the policy asked for."""
         measure_queries(self, q)
-        policy, keep = self.config.policy, self.query_keep
-        if self.store.is_empty and self.window.used + keep < self.capacity:
-            keep = 0  # packing, which wants the newest, is further away than that
+        policy, keep = self.config.policy, self._remembered(self.window.used)
         if self.is_due():  # packing lets go of all but these
             keep = max(keep, min(q.shape[2], policy.prefill_queries))
         if keep:

@@ -255,4 +255,8 @@ class PagedStore:
         self.set_means(Means(tensors["k_mean"], *(tensors.get(x) for x in Means._fields[1:])))
         self.query_power = tensors.get("query_power")
         self._has_means = not self.is_empty or bool(self.k_mean.any())
+        if self.is_empty:  # as a new store
+            self.cache_seqlens = _zeros(tuple(self.cache_seqlens.shape), torch.int32, self.cache_seqlens.device)
+        if not self._has_means:
+            self.k_mean = _zeros(tuple(self.k_mean.shape), torch.float32, self.k_mean.device)
         self.pools = [tensors[f"pages_{tier}"] for tier in self.spec.tiers]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+GROWTH = 64  # least slots that are added ahead of tokens
+
 
 class DenseWindow:
     """Slots [0, sink_slots) hold the first tokens once they have left the window; then come the newest tokens, in
@@ -82,6 +84,13 @@ class DenseWindow:
             waiting = self.positions[:, self.used :]
             waiting.copy_(torch.arange(start, start + waiting.shape[1], dtype=torch.int32, device=waiting.device))
             self._ready = start
+
+    def grow(self, limit: int) -> bool:
+        """Room for more than the next token where there is none, up to ``limit`` slots; whether there was none."""
+        if self.used < self.shape[2]:
+            return False
+        self._resize(min(limit, self.used + max(GROWTH, self.used // 8)))
+        return True
 
     def _use(self, tokens: int) -> None:
         self.used += tokens

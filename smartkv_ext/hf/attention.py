@@ -22,7 +22,7 @@ NAME = "smartkv"
 WITHOUT_EFFECT = frozenset({
     "position_ids",  # of the rotation, which is done; masks come from logical positions
     "use_cache", "cache_position", "output_hidden_states", "output_router_logits", "num_items_in_batch",
-    "logits_to_keep", "return_dict", "labels", "cache", "past_key_values",
+    "logits_to_keep", "return_dict", "labels", "cache", "past_key_values", "token_type_ids",
 })  # fmt: skip
 
 
@@ -50,6 +50,8 @@ def smartkv_attention(
         raise NotImplementedError("generate_batch (continuous batching) is not supported: unpatch the model first")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if smartkv_cache is None:
+        if running.get() is not None:
+            raise RuntimeError(not_brought(module))
         out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -68,6 +70,22 @@ def smartkv_attention(
         )
     out = attend_cached(module, query, key, value, attention_mask, scaling, smartkv_cache, smartkv_pre_rope)
     return cast(torch.Tensor, out), None
+
+
+def not_brought(module: torch.nn.Module) -> str:
+    """Why a forward that was given a SmartKVCache is wrong: an attention module, or the decoder, had none."""
+    forward = running.get()
+    decoder = None if forward is None else forward.decoder
+    if decoder is None or all(module is not m for m in decoder.modules()):
+        running.set(None)
+        return "a forward with a SmartKVCache was interrupted, and its mask came to another model: call again"
+    layer = getattr(module, "layer_idx", None)
+    what = "no layer brought" if layer is None else f"layer {layer} of {type(decoder).__name__} did not bring"
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        reason = "gradient checkpointing takes the cache away in train mode; call model.eval()"
+    else:
+        reason = f"its attention was not given the cache, or does not call the function that patch() chose; {tried()}"
+    return f"{what} its keys to the SmartKVCache of this forward, whose output would be wrong: {reason}"
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:

@@ -18,7 +18,9 @@ def smartkv_mask(
     Registered under the attention's own name: without it transformers would pass no mask at all, and left padding
     would be ignored without a word. The function is not told which cache the forward has.
     """
-    if running.get() is None:
+    forward = running.get()
+    # Behind an interrupt a forward may seem to run on: another model's masks are none of its business.
+    if forward is None or getattr(forward.decoder, "config", None) is not kwargs.get("config"):
         mask: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
             *args, attention_mask=attention_mask, kv_length=kv_length, **kwargs
         )

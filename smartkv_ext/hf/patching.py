@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, cast
@@ -11,8 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from smartkv_ext.cache.forward import Forward, running
 
-from .attention import NAME, smartkv_attention
-from .compat import UPDATE_GETS_KWARGS, find_cache, tried
+from .attention import NAME, not_brought, smartkv_attention
+from .compat import UPDATE_GETS_KWARGS, find_cache
 from .gate_check import sketch_of
 from .mask import smartkv_mask
 from .pre_rope import capture, key_source, on_key, release
@@ -31,55 +33,51 @@ def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if cache is None or cast(Any, module.config)._attn_implementation != NAME:
         running.set(None)
         return
+    running.set(None)
     cache.check_even()
     cache.check_keys(lambda: sketch_of(module))
-    running.set(Forward(cache, cache.layers[0].seen))
+    cache.open_forward = cache.layers[0].seen
+    running.set(Forward(module, cache, cache.open_forward))
 
 
 def _after_success(module: nn.Module, args: Any, output: Any) -> None:
     """Nothing that was given to the cache may be missing from it."""
     forward = running.get()
-    if forward is not None:
-        lengths = {layer.seen for layer in forward.cache.layers}
-        if forward.waiting or not forward.arrived:
-            what = "not every layer" if forward.arrived else "no layer"
-            raise RuntimeError(
-                f"{what} of {type(module).__name__} brought its keys to the SmartKVCache of this forward, whose output "
-                f"is wrong: {_reason(module)}"
-            )
-        if len(lengths) > 1:
-            raise RuntimeError(
-                f"{type(module).__name__} has run fewer layers than the {len(forward.cache.layers)} that the cache was "
-                "made for: model.config.num_hidden_layers must be the number of its layers"
-            )
-        forward.finished = True
-
-
-def _reason(module: nn.Module) -> str:
-    if module.training and getattr(module, "gradient_checkpointing", False):
-        return "gradient checkpointing takes the cache away in train mode; call model.eval()"
-    return f"its attention does not call the function that patch() chose; {tried()}"
+    if forward is None or forward.cache is None:
+        return
+    if forward.waiting or not forward.arrived:
+        raise RuntimeError(not_brought(module))
+    if len({layer.seen for layer in forward.cache.layers}) > 1:
+        raise RuntimeError(
+            f"{type(module).__name__} has run fewer layers than the {len(forward.cache.layers)} that the cache has: "
+            "model.config.num_hidden_layers must be the number of its layers"
+        )
+    forward.finished, forward.cache.open_forward = True, None
 
 
 def _after_model(module: nn.Module, args: Any, output: Any) -> None:
     """Also after an error, which may have come between two layers."""
     forward = running.get()
     running.set(None)
-    if forward is not None and not forward.finished:
+    if forward is None or forward.finished or forward.cache is None:
+        return
+    with contextlib.suppress(RuntimeError):  # it could not be restored: torch would hide it, the next forward says so
         forward.cache.rollback(forward.start)
+        forward.cache.open_forward = None
 
 
 def _before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     forward = running.get()
-    if forward is None:
+    cache = None if forward is None else forward.cache
+    if cache is None:
         return None
-    policy = forward.cache.smartkv_config.policy
+    policy = cache.smartkv_config.policy
     if policy.needs_pre_rope_keys or policy.scores_keys:
         kwargs["smartkv_pre_rope"] = capture(module)
     if not UPDATE_GETS_KWARGS and find_cache(args, kwargs) is not None:
-        kwargs["smartkv_cache"] = forward.cache
+        kwargs["smartkv_cache"] = cache
     return args, kwargs
 
 
@@ -88,6 +86,7 @@ _HOOKS = (_before_model, _after_success, _after_model, _before_attention, on_key
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
 _HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _PREVIOUS = "_smartkv_previous_attention"
+_LOCK = threading.RLock()  # two threads may want the same model patched
 
 
 def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -109,7 +108,11 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
 def is_patched(model: nn.Module) -> bool:
     """Whether ``patch`` is in force: a fact of the model's hooks, which copies have and other models of its config do
     not."""
-    return any(hook is _before_model for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return any(_is_hooked(m) and cast(Any, m.config)._attn_implementation == NAME for m in model.modules())
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(hook is _before_model for hook in module._forward_pre_hooks.values())
 
 
 class PatchHandle:
@@ -151,7 +154,18 @@ def patch(model: nn.Module) -> PatchHandle:
         ValueError: unsupported model type, or already patched.
         RuntimeError: the model class does not let its attention be chosen.
     """
-    decoder = decoder_of(model)
+    with _LOCK:
+        return _patch(model, decoder_of(model))
+
+
+def ensure_patched(model: nn.Module) -> None:
+    """``patch`` a model that is not patched."""
+    with _LOCK:
+        if not is_patched(model):
+            patch(model)
+
+
+def _patch(model: nn.Module, decoder: PreTrainedModel) -> PatchHandle:
     model_type = decoder.config.get_text_config(decoder=True).model_type
     if model_type not in SUPPORTED:
         raise ValueError(f"model type must be one of {', '.join(SUPPORTED)}; got {model_type!r}")
@@ -159,6 +173,9 @@ def patch(model: nn.Module) -> PatchHandle:
         raise ValueError(
             "model is already patched: remove() the first patch, or unpatch(model), before you patch again"
         )
+    if _is_hooked(decoder):  # another attention was chosen since: by hand, or for another model of the same config
+        decoder.set_attn_implementation(NAME)
+        return PatchHandle(model)
     previous = decoder.config._attn_implementation
     decoder.set_attn_implementation(NAME)
     if decoder.config._attn_implementation != NAME:  # transformers only logs a warning when a class cannot switch

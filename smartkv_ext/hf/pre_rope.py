@@ -7,21 +7,26 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-_SLOT = "_smartkv_pre_rope"
+from smartkv_ext.cache.forward import running
 
 
 class PreRopeKeys:
-    """Carries the keys of one attention call from the hook to the attention function."""
+    """Carries the keys of one attention call from the hook to the attention function: in the forward that is running,
+    not in the module, which several threads may share."""
 
-    __slots__ = ("output",)
+    __slots__ = ("output", "source")
 
-    def __init__(self) -> None:
+    def __init__(self, source: nn.Module) -> None:
+        self.source = source
         self.output: torch.Tensor | None = None
 
     def like(self, key: torch.Tensor) -> torch.Tensor:
         """The caught keys in the shape of ``key`` (batch, num_kv_heads, q_len, head_dim)."""
         if self.output is None:
-            raise RuntimeError("pre-RoPE keys were not seen: the patched model's k_proj did not run through its hook")
+            raise RuntimeError(
+                "pre-RoPE keys were not seen: the model's key projection has been replaced since patch(), as adapters "
+                "do; unpatch the model and patch it again"
+            )
         batch, heads, q_len, head_dim = key.shape
         return self.output.reshape(batch, q_len, heads, head_dim).transpose(1, 2)
 
@@ -33,18 +38,22 @@ def key_source(attention: nn.Module) -> nn.Module:
 
 def capture(attention: nn.Module) -> PreRopeKeys:
     """Ask for the keys of the call that is about to run."""
-    keys = PreRopeKeys()
-    key_source(attention).__dict__[_SLOT] = keys
+    keys = PreRopeKeys(key_source(attention))
+    forward = running.get()
+    if forward is not None:
+        forward.pre_rope = keys
     return keys
 
 
 def on_key(module: nn.Module, args: Any, output: torch.Tensor) -> None:
     """Forward hook of the key source."""
-    keys = module.__dict__.get(_SLOT)
-    if keys is not None:
-        keys.output = output
+    forward = running.get()
+    if forward is not None and forward.pre_rope is not None and forward.pre_rope.source is module:
+        forward.pre_rope.output = output
 
 
 def release(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the attention module, also after an error: hold no keys beyond the call."""
-    key_source(module).__dict__.pop(_SLOT, None)
+    forward = running.get()
+    if forward is not None:
+        forward.pre_rope = None
