@@ -152,6 +152,9 @@ def test_files_of_before_are_read(tmp_path):
         cache.save(path)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["smartkv_cache"])
+    del header["min_tokens"]  # files of format 3 lack what came later
+    for layer in header["layers"]:
+        del layer["query_keep"]
     save_file(load_file(path), path, {"smartkv_cache": json.dumps(header | {"format_version": 3})})
     loaded = SmartKVCache.load(path, model.config)
     assert loaded.report() == cache.report()
