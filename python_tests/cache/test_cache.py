@@ -231,7 +231,9 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 
 def test_bad_models_are_named():
-    with pytest.raises(TypeError, match=r"config must be a transformers config, as model.config is; got str"):
+    with pytest.raises(
+        TypeError, match=r"config must be a model or a transformers config, as model.config is; got str"
+    ):
         SmartKVCache("qwen2", min_tokens=0)
     with pytest.raises(ValueError, match="head_dim must be one of 64, 80, 96, 128, 256; got 32"):
         SmartKVCache(tiny("qwen3", head_dim=32).config)

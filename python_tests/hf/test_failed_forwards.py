@@ -1,4 +1,4 @@
-"""Forwards that fail, are interrupted, or run beside others: the cache holds what it was given, or says what it lost."""
+"""Forwards that fail, are interrupted, or run beside others: a cache holds what it was given, or says otherwise."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -43,7 +43,9 @@ class ModelGeometry:
     def from_config(cls, config: Any) -> ModelGeometry:
         """Read a transformers config (the text part of a multimodal one). Raises TypeError for anything else."""
         if not hasattr(config, "get_text_config"):
-            raise TypeError(f"config must be a transformers config, as model.config is; got {type(config).__name__}")
+            raise TypeError(
+                f"config must be a model or a transformers config, as model.config is; got {type(config).__name__}"
+            )
         config = config.get_text_config(decoder=True)
         num_layers = config.num_hidden_layers
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
