@@ -215,6 +215,7 @@ def test_table_then_json():
 def test_settings_of_caches():
     assert bench.kl.parse("tiers=4,K3V2 key_basis=0 mean_shift=1 window=64") == {
         "budget": None, "policy": "full", "tiers": ("4", "K3V2"), "key_basis": False, "mean_shift": True, "window": 64,
+        "min_tokens": 0,
     }  # fmt: skip
 
 

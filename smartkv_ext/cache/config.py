@@ -248,6 +248,6 @@ class CacheConfig:
             return capacity
         g, queries = self.geometry, self.decode_queries(tokens, batch, num_kv_heads, itemsize)
         room = budget - self.table_bytes(num_kv_heads) - queries * self.query_bytes(num_kv_heads, itemsize)
-        if self.turn_freq and self.key_basis is None:
-            room -= num_kv_heads * g.head_dim // 2 * 4  # power of queries, measured until then
+        if self.turn_freq:  # power of queries, measured until then; where there is a basis as well: one time to pack
+            room -= num_kv_heads * g.head_dim // 2 * 4
         return max(capacity, room // (self.dense_token_bytes(num_kv_heads, itemsize) + 4))
