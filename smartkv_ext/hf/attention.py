@@ -22,7 +22,7 @@ NAME = "smartkv"
 WITHOUT_EFFECT = frozenset({
     "position_ids",  # of the rotation, which is done; masks come from logical positions
     "use_cache", "cache_position", "output_hidden_states", "output_router_logits", "num_items_in_batch",
-    "logits_to_keep", "return_dict", "labels", "cache", "past_key_values", "token_type_ids",
+    "logits_to_keep", "return_dict", "labels", "token_type_ids",
 })  # fmt: skip
 
 

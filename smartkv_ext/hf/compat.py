@@ -17,7 +17,7 @@ OLDEST, NEWEST = "5.17.0", "5.24.0"  # tried: `make compat`
 VERSION = Version(transformers.__version__)
 
 # 5.24 renamed the argument of forward and generate, and gives the attention function's keyword arguments to
-# Cache.update. When 5.24 is the oldest: "cache" is its name everywhere, and hand_over() can go.
+# Cache.update. When 5.24 is the oldest: "cache" is its name everywhere, and the last lines of _before_attention can go.
 _RENAMED = Version("5.24.0.dev0") <= VERSION
 CACHE_ARGUMENT = "cache" if _RENAMED else "past_key_values"
 UPDATE_GETS_KWARGS = _RENAMED

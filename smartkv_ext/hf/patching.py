@@ -28,12 +28,11 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 # Hooks are module-level functions that find things when called: a closure over the module would survive
 # copy.deepcopy(model) pointing at the original.
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    running.set(None)  # an interrupted forward may have left its own
     cache = find_cache(args, kwargs)
     # With another attention than ours there is no forward: update() refuses.
     if cache is None or cast(Any, module.config)._attn_implementation != NAME:
-        running.set(None)
         return
-    running.set(None)
     cache.check_even()
     cache.check_keys(lambda: sketch_of(module))
     cache.open_forward = cache.layers[0].seen
